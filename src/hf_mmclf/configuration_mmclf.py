@@ -1,0 +1,123 @@
+"""The configuration: every architectural choice, what is frozen, and the thresholds that turn scores into labels."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@strict
+class MMClfConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`MMClfForImageTextClassification`]. Either backbone may be absent; at least one must be there.
+
+    Args:
+        image_backbone (`str`, *optional*):
+            Name of a timm architecture, with the tag of its weights where it matters (`"densenet121.tv_in1k"`).
+            `None` means a model without pictures.
+        image_backbone_args (`dict`, *optional*):
+            Further arguments of `timm.create_model`, such as `{"growth_rate": 12}`.
+        image_weights (`str`, *optional*):
+            What the image backbone started from, for the record: `"scratch"`, a Hub name or a file's name.
+        text_backbone (`str`, *optional*):
+            Hub name of the pretrained text encoder that fits `text_config`.
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of any transformers encoder. `None` means a model without captions.
+        text_weights (`str`, *optional*):
+            What the text backbone started from, for the record.
+        text_pooling (`str`, *optional*, defaults to `"pooler"`):
+            Only for models without pictures: `"pooler"` (the encoder's own, BERT's first token) or `"mean"` (masked).
+        fusion (`str`, *optional*, defaults to `"self"`):
+            How the two modalities meet. `"self"`: each attends to itself; `"cross_text"`: text queries over image
+            tokens; `"cross_image"`: image queries over text tokens; `"concat"`: no attention.
+        fusion_norm (`bool`, *optional*, defaults to `False`):
+            Whether attended tokens are scaled by a learned vector and layer-normalised before their mean.
+        image_tokens (`str`, *optional*, defaults to `"pooled"`):
+            `"pooled"`: the pooled vector is the only token; `"spatial"`: each cell of the last feature map is one.
+        width (`int`, *optional*, defaults to 512):
+            Size to which each modality is projected before the classifier.
+        projection_norm (`bool`, *optional*, defaults to `False`):
+            Whether BatchNorm, ReLU and dropout follow each projection.
+        dropout (`float`, *optional*, defaults to 0.0):
+            Dropout probability: after ReLU with `projection_norm`, else right before the classifier.
+        learned_missing (`bool`, *optional*, defaults to `False`):
+            Whether a learned vector stands in for an absent picture or caption. Without it a zero vector does.
+        unfrozen_image_stages (`int`, *optional*):
+            Train only the last n stages of the image backbone. 0 freezes it; `None` trains all of it.
+        unfrozen_text_layers (`int`, *optional*):
+            Train only the last n layers of the text backbone. 0 freezes it; `None` trains all of it.
+        threshold (`float`, *optional*, defaults to 0.5):
+            A label is predicted when its score (sigmoid of its logit) is at least this.
+        label_thresholds (`dict[str, float]`, *optional*):
+            Thresholds by label name that win over `threshold`.
+        label_ids (`list[str]`, *optional*):
+            How the labels are written in the data, where that differs from their names in `id2label`.
+    """
+
+    model_type = "mmclf"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert", optional=True)}
+
+    image_backbone: str | None = None
+    image_backbone_args: dict[str, Any] | None = None
+    image_weights: str | None = None
+    text_backbone: str | None = None
+    text_config: PreTrainedConfig | dict | None = None
+    text_weights: str | None = None
+    text_pooling: Literal["pooler", "mean"] = "pooler"
+    fusion: Literal["self", "cross_text", "cross_image", "concat"] = "self"
+    fusion_norm: bool = False
+    image_tokens: Literal["pooled", "spatial"] = "pooled"
+    width: int = 512
+    projection_norm: bool = False
+    dropout: float | int = 0.0
+    learned_missing: bool = False
+    unfrozen_image_stages: int | None = None
+    unfrozen_text_layers: int | None = None
+    threshold: float | int = 0.5
+    label_thresholds: dict[str, float | int] | None = None
+    label_ids: list[str] | None = None
+    problem_type: str | None = "multi_label_classification"
+
+    def validate_numbers(self):
+        """Raises `ValueError` for numbers out of range."""
+        for name in ("unfrozen_image_stages", "unfrozen_text_layers"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}; expected None (train all), 0 (train none) or more")
+        if self.width < 1:
+            raise ValueError(f"width is {self.width}; expected at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; expected a probability in [0, 1)")
+
+    def validate_labels(self):
+        """Raises `ValueError` for thresholds out of range or of unknown labels, and for labels named twice."""
+        names = list(self.id2label.values())
+        if len(set(names)) != len(names):
+            raise ValueError(f"id2label gives two labels one name: {names}")
+        if self.label_ids is not None and len(self.label_ids) != len(names):
+            raise ValueError(f"label_ids has {len(self.label_ids)} entries; expected {len(names)}, one for each label")
+        unknown = [name for name in self.label_thresholds or {} if name not in names]
+        if unknown:
+            raise ValueError(f"label_thresholds names unknown labels {unknown}; expected some of {names}")
+        for name, value in {"threshold": self.threshold, **(self.label_thresholds or {})}.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"threshold of {name!r} is {value}; expected a probability in [0, 1]")
+
+    @property
+    def has_image(self) -> bool:
+        """`bool`: Whether the model looks at pictures."""
+        return self.image_backbone is not None
+
+    @property
+    def has_text(self) -> bool:
+        """`bool`: Whether the model reads captions."""
+        return self.text_config is not None
+
+    @property
+    def thresholds(self) -> list[float]:
+        """`list[float]`: One threshold for each label, in the order of the logits."""
+        return [float((self.label_thresholds or {}).get(name, self.threshold)) for name in self.id2label.values()]
+
+
+__all__ = ["MMClfConfig"]

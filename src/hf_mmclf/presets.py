@@ -1,0 +1,234 @@
+"""The systems as rows of data: the eighteen of the poster, and our own small ones.
+
+Source of the eighteen: the poster "Image-Text Multi-label Classification" (COMP5329, assignment 2, 2023). Their
+architectures are the poster's; the recipes are ours, since the poster's (AdamW at 1e-5 for every part) under-trains.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from .configuration_mmclf import MMClfConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Poster:
+    """What the poster reports of a system; F1 is micro-averaged, size is in MB of 2^20 bytes."""
+
+    parameters: int
+    megabytes: float
+    threshold: float
+    f1_train: float
+    f1_validation: float
+    epochs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """One system.
+
+    Args:
+        config (`Mapping`): Fields of [`MMClfConfig`].
+        recipe (`Mapping`): Training arguments that fit it; flags win over them.
+        poster ([`Poster`], *optional*): What the poster reports; `None` for our own.
+    """
+
+    config: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    poster: Poster | None = None
+
+
+def _bert(hidden: int, layers: int, heads: int, intermediate: int, **more: Any) -> Mapping[str, Any]:
+    return MappingProxyType(
+        dict(
+            model_type="bert",
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=intermediate,
+            **more,
+        )
+    )
+
+
+TINYBERT = dict(text_backbone="huawei-noah/TinyBERT_General_4L_312D", text_config=_bert(312, 4, 12, 1200))
+BERT_TINY = dict(text_backbone="prajjwal1/bert-tiny", text_config=_bert(128, 2, 2, 512))
+# .tv_in1k: torchvision's weights, those of the poster's time; timm's untagged defaults are others
+DENSITY = dict(image_backbone="densenet121.tv_in1k", **TINYBERT)
+CENSITY = dict(image_backbone="densenet169.tv_in1k", **BERT_TINY)
+FROZEN = dict(unfrozen_image_stages=0, unfrozen_text_layers=0)
+WARM = dict(fusion="self", fusion_norm=True, unfrozen_image_stages=1, unfrozen_text_layers=1)
+WARMER = dict(fusion="self", fusion_norm=True, unfrozen_image_stages=2, unfrozen_text_layers=2)
+
+# What all recipes share: small steps for pretrained parts, larger ones for what starts from nothing.
+_FINE_TUNE = dict(
+    learning_rate=1e-3,
+    backbone_learning_rate=1e-4,
+    weight_decay=0.01,
+    warmup_steps=0.05,
+    lr_scheduler_type="cosine",
+    per_device_train_batch_size=32,
+    per_device_eval_batch_size=64,
+    num_train_epochs=15,
+    early_stopping_patience=4,
+)
+_TEXT = _FINE_TUNE | dict(learning_rate=5e-4, backbone_learning_rate=5e-4, num_train_epochs=6)
+_DEMO = _FINE_TUNE | dict(
+    learning_rate=2e-3,
+    backbone_learning_rate=2e-3,
+    num_train_epochs=12,
+    early_stopping_patience=5,
+    from_scratch=True,
+    tokenizer="train",
+    vocab_size=1000,
+    image_size=64,
+    rotation=0.0,
+    flip=0.5,
+    color_jitter=0.0,
+    crop_scale=0.8,
+)
+
+# A DenseNet of 0.2 M parameters with a 4 x 4 last map at 64 px, and a BERT of 0.3 M.
+_DEMO_IMAGE = dict(
+    image_backbone="densenet121",
+    image_backbone_args=dict(growth_rate=16, block_config=(3, 4, 4), stem_type=""),
+)
+_DEMO_TEXT = dict(text_config=_bert(96, 2, 4, 192, vocab_size=1000, max_position_embeddings=64))
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        # -- the poster's, in its order --------------------------------------------------------------------------
+        "resnet18": Preset(
+            dict(image_backbone="resnet18.tv_in1k", threshold=0.5),
+            _FINE_TUNE,
+            Poster(11_185_746, 42.74, 0.5, 0.6712, 0.6612, 20),
+        ),
+        "resnet34": Preset(
+            dict(image_backbone="resnet34.tv_in1k", threshold=0.5),
+            _FINE_TUNE,
+            Poster(21_293_906, 81.36, 0.5, 0.6406, 0.6304, 20),
+        ),
+        "densenet201": Preset(
+            dict(image_backbone="densenet201.tv_in1k", threshold=0.5),
+            _FINE_TUNE,
+            Poster(18_127_506, 70.45, 0.5, 0.6728, 0.6594, 20),
+        ),
+        "resnet50": Preset(
+            dict(image_backbone="resnet50.tv_in1k", threshold=0.5),
+            _FINE_TUNE,
+            Poster(23_544_914, 90.12, 0.5, 0.7283, 0.7260, 50),
+        ),
+        "tinybert": Preset(
+            dict(**TINYBERT, dropout=0.1, threshold=0.5),
+            _TEXT,
+            Poster(14_355_882, 54.79, 0.5, 0.5955, 0.5975, 50),
+        ),
+        "bert-tiny": Preset(
+            dict(**BERT_TINY, dropout=0.1, threshold=0.635),
+            _TEXT,
+            Poster(4_388_242, 16.76, 0.635, 0.5960, 0.5989, 50),
+        ),
+        "densitybert": Preset(
+            dict(**DENSITY, **FROZEN, fusion="self", threshold=0.35),
+            _FINE_TUNE,
+            Poster(25_351_722, 97.71, 0.35, 0.8173, 0.8173, 50),
+        ),
+        "modensitybert": Preset(
+            dict(**DENSITY, **FROZEN, fusion="self", fusion_norm=True, threshold=0.38),
+            _FINE_TUNE,
+            Poster(25_355_730, 97.72, 0.38, 0.8622, 0.8179, 50),
+        ),
+        "cdbert-text": Preset(
+            dict(**DENSITY, **FROZEN, fusion="cross_text", threshold=0.29),
+            _FINE_TUNE,
+            Poster(24_329_666, 93.81, 0.29, 0.7599, 0.7564, 50),
+        ),
+        "cdbert-image": Preset(
+            dict(**DENSITY, **FROZEN, fusion="cross_image", threshold=0.461),
+            _FINE_TUNE,
+            Poster(23_600_578, 91.02, 0.461, 0.8026, 0.7985, 50),
+        ),
+        "warmdbert": Preset(
+            dict(**DENSITY, **WARM, threshold=0.38),
+            _FINE_TUNE,
+            Poster(25_355_730, 97.72, 0.38, 0.8505, 0.8310, 50),
+        ),
+        "warmerdbert": Preset(
+            dict(**DENSITY, **WARMER, threshold=0.39),
+            _FINE_TUNE,
+            Poster(25_355_730, 97.72, 0.39, 0.8567, 0.8345, 50),
+        ),
+        "warmerdbert-extended": Preset(
+            dict(**DENSITY, **WARMER, threshold=0.42),
+            _FINE_TUNE | dict(num_train_epochs=30),
+            Poster(25_355_730, 97.72, 0.42, 0.8698, 0.8485, 100),
+        ),
+        "wwdbert": Preset(
+            dict(**DENSITY, **WARMER, width=896, projection_norm=True, dropout=0.5, threshold=0.40),
+            _FINE_TUNE | dict(num_train_epochs=30),
+            Poster(25_886_930, 99.77, 0.40, 0.8700, 0.8464, 100),
+        ),
+        "bensity": Preset(
+            dict(**CENSITY, **FROZEN, fusion="self", threshold=0.33),
+            _FINE_TUNE,
+            Poster(26_152_082, 100.83, 0.33, 0.7980, 0.7980, 50),
+        ),
+        "censity-text": Preset(
+            dict(**CENSITY, **FROZEN, fusion="cross_text", threshold=0.33),
+            _FINE_TUNE,
+            Poster(23_546_642, 90.89, 0.33, 0.7905, 0.7901, 50),
+        ),
+        "censity-image": Preset(
+            dict(**CENSITY, **FROZEN, fusion="cross_image", threshold=0.38),
+            _FINE_TUNE,
+            Poster(20_990_738, 81.14, 0.38, 0.7869, 0.7801, 50),
+        ),
+        "rest": Preset(
+            dict(image_backbone="resnet34.tv_in1k", **BERT_TINY, **FROZEN, fusion="cross_image", threshold=0.38),
+            _FINE_TUNE,
+            Poster(26_395_986, 100.92, 0.38, 0.7836, 0.7766, 50),
+        ),
+        # -- our own, small enough to learn the embedded data set from scratch on two cores ----------------------
+        "demo": Preset(
+            dict(**_DEMO_IMAGE, **_DEMO_TEXT, fusion="cross_text", image_tokens="spatial", width=128),
+            _DEMO,
+        ),
+        "demo-image": Preset(_DEMO_IMAGE, _DEMO),
+        "demo-text": Preset(dict(**_DEMO_TEXT, text_pooling="mean", dropout=0.1), _DEMO),
+    }
+)
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of this name; `ValueError` with the nearest names for an unknown one."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(PRESETS)}"
+        raise ValueError(f"unknown preset {name!r}; {hint}")
+    return PRESETS[name]
+
+
+def config_from_preset(name: str, **overrides: Any) -> MMClfConfig:
+    """
+    The configuration of a preset.
+
+    Args:
+        name (`str`): One of `PRESETS`.
+        overrides: Fields of [`MMClfConfig`] that win over the preset's; `num_labels` too.
+
+    Raises:
+        `ValueError`: an unknown preset, or a field that the configuration does not have.
+    """
+    preset = get_preset(name)
+    fields = [field.name for field in dataclasses.fields(MMClfConfig)] + ["num_labels"]
+    for field in overrides:
+        if field not in fields:
+            near = difflib.get_close_matches(field, fields, n=1)
+            raise ValueError(f"MMClfConfig has no field {field!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    values = {**preset.config, **overrides}
+    # copies: a configuration is mutable, the table is not
+    values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    return MMClfConfig(**values)
