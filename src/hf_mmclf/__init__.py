@@ -1,6 +1,43 @@
-from transformers import AutoConfig, AutoModel
+"""Several labels for every picture with a caption: models, data, training, evaluation."""
+
+from importlib import import_module
+from typing import Any
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
 from .configuration_mmclf import MMClfConfig
+from .image_processing_mmclf import MMClfImageProcessor
 from .modeling_mmclf import MMClfForImageTextClassification
-from .presets import PRESETS, config_from_preset
+
+# transformers registers classes, not names, so these three are imported; the rest is when it is first asked for.
+_LAZY = {
+    "PRESETS": "presets",
+    "DataArguments": "data",
+    "ModelArguments": "arguments",
+    "AugmentationArguments": "arguments",
+    "MMClfTrainer": "training",
+    "MMClfTrainingArguments": "arguments",
+    "MultiLabelMetric": "metrics",
+    "best_threshold": "metrics",
+    "config_from_preset": "presets",
+    "demo_dataset": "demo",
+    "label_thresholds": "metrics",
+    "parse_arguments": "arguments",
+    "train": "training",
+}
+
+__all__ = ["MMClfConfig", "MMClfForImageTextClassification", "MMClfImageProcessor", *_LAZY]  # noqa: PLE0604
+
 AutoConfig.register(MMClfConfig.model_type, MMClfConfig)
 AutoModel.register(MMClfConfig, MMClfForImageTextClassification)
+AutoImageProcessor.register(MMClfConfig, MMClfImageProcessor)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -91,8 +91,10 @@ class MMClfConfig(PreTrainedConfig):
             raise ValueError(f"dropout is {self.dropout}; expected a probability in [0, 1)")
 
     def validate_labels(self):
-        """Raises `ValueError` for thresholds out of range or of unknown labels, and for labels named twice."""
+        """Raises `ValueError` for thresholds out of range or of unknown labels, and for labels misnumbered or named twice."""
         names = list(self.id2label.values())
+        if sorted(self.id2label) != list(range(len(names))):
+            raise ValueError(f"id2label has the keys {sorted(self.id2label)}; expected 0 to {len(names) - 1}")
         if len(set(names)) != len(names):
             raise ValueError(f"id2label gives two labels one name: {names}")
         if self.label_ids is not None and len(self.label_ids) != len(names):
@@ -117,7 +119,8 @@ class MMClfConfig(PreTrainedConfig):
     @property
     def thresholds(self) -> list[float]:
         """`list[float]`: One threshold for each label, in the order of the logits."""
-        return [float((self.label_thresholds or {}).get(name, self.threshold)) for name in self.id2label.values()]
+        names = [self.id2label[i] for i in range(self.num_labels)]
+        return [float((self.label_thresholds or {}).get(name, self.threshold)) for name in names]
 
 
 __all__ = ["MMClfConfig"]

@@ -150,7 +150,7 @@ def text_boundary(backbone: PreTrainedModel, unfrozen: int) -> str:
         raise ValueError(f"{kind} has no list of {count} layers; give unfrozen_text_layers 0 or None")
     if unfrozen >= count:
         raise ValueError(
-            f"unfrozen_text_layers is {unfrozen}, but {kind} has {count} layers; give 0 to {count - 1}, or None for all"
+            f"unfrozen_text_layers is {unfrozen}, but {kind} has {count} layers; give 0 to {count - 1}, or None"
         )
     return f"{lists[0]}.{count - unfrozen - 1}"
 
@@ -234,6 +234,8 @@ class MMClfForImageTextClassification(PreTrainedModel):
             init.ones_(module.scale)
         elif isinstance(module, StandIn) and module.vector is not None:
             init.normal_(module.vector, std=0.02)
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()  # timm's tables of positions: not in a file, garbage after loading
 
     def train(self, mode: bool = True) -> "MMClfForImageTextClassification":
         """Like `nn.Module.train`, but frozen parts stay in evaluation mode and without gradients.
@@ -291,12 +293,16 @@ class MMClfForImageTextClassification(PreTrainedModel):
                 f"image weights {weights!r}: no such file, nor a folder with model.safetensors or pytorch_model.bin; "
                 "give one of these, or 'hub', or None"
             )
-        # not strict, since the checkpoint has a classifier of its own; what is missing is looked at here
+        # not strict, since the checkpoint has a classifier of its own; what else does not match is looked at here
         keys = timm.models.load_checkpoint(self.image_model, str(found[0]), strict=False)
-        if keys.missing_keys:
+        heads = self.image_model.pretrained_cfg.get("classifier") or ()
+        heads = (heads,) if isinstance(heads, str) else heads
+        surplus = [key for key in keys.unexpected_keys if not key.startswith(tuple(f"{head}." for head in heads))]
+        if keys.missing_keys or surplus:
             raise RuntimeError(
-                f"{found[0].name} does not fit {name!r}: {len(keys.missing_keys)} of its tensors are not in the file "
-                f"({', '.join(keys.missing_keys[:3])}, ...); the file has {', '.join(keys.unexpected_keys[:3])}, ..."
+                f"{found[0].name} does not fit {name!r}: "
+                f"{len(keys.missing_keys)} tensors of the model are not in the file {keys.missing_keys[:3]}, "
+                f"{len(surplus)} tensors of the file are not in the model {surplus[:3]}"
             )
         return path.name
 
@@ -351,7 +357,7 @@ class MMClfForImageTextClassification(PreTrainedModel):
                 Tokenized captions.
             image_mask, text_mask (`torch.BoolTensor` of shape `(batch,)`, *optional*):
                 Whether a row has a picture, a caption. Defaults to all where the input is given, to none where not.
-                What stands in the input of an absent one does not matter.
+                What stands in the input of an absent one does not matter. A row without any token has no caption.
             labels (`torch.FloatTensor` of shape `(batch, num_labels)`, *optional*):
                 Multi-hot targets. With them the output has the loss: the mean binary cross-entropy, in fp32.
 
@@ -373,12 +379,16 @@ class MMClfForImageTextClassification(PreTrainedModel):
         batch, device = given[0].shape[0], given[0].device
 
         if pixel_values is not None:
+            if image_mask is not None:  # zero times NaN is NaN: the weights' gradients must not see absent pictures
+                pixel_values = torch.where(image_mask.bool()[:, None, None, None], pixel_values, 0)
             image, image_token_mask = self.image_features(pixel_values)
         if input_ids is not None:
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
+            has_tokens = attention_mask.any(1)
+            text_mask = has_tokens if text_mask is None else text_mask.bool() & has_tokens
             # a row without any token would make attention divide by zero; its result is replaced below
-            attention_mask = torch.where(attention_mask.any(1, keepdim=True), attention_mask, 1)
+            attention_mask = torch.where(has_tokens[:, None], attention_mask, 1)
             extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
             encoded = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **extra)
             text, text_token_mask = encoded.last_hidden_state, attention_mask.bool()

@@ -1,0 +1,9 @@
+"""Train a model: `accelerate launch examples/train.py`, with the flags of `--help` or a YAML file (`--config`).
+
+Without arguments it learns the embedded data set.
+"""
+
+from hf_mmclf import parse_arguments, train
+
+if __name__ == "__main__":
+    train(*parse_arguments())

@@ -1,0 +1,216 @@
+"""What a training run can be told, by flags or one YAML file.
+
+Four sources, each winning over those before it: the defaults here and of `transformers.TrainingArguments`, the
+preset's recipe, the YAML file (`--config`), the flags.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from .data import DataArguments
+from .presets import get_preset
+
+
+def _field(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass
+class ModelArguments:
+    """The architecture, what it starts from, its tokenizer and its pictures. `None` leaves the preset's value."""
+
+    preset: str | None = _field(
+        None, "A row of `hf-mmclf presets`. Default: demo on the embedded data set, else warmerdbert."
+    )
+    image_backbone: str | None = _field(None, "A timm architecture in place of the preset's, or 'none'.")
+    text_backbone: str | None = _field(
+        None, "A text encoder (Hub name or folder) in place of the preset's, or 'none'."
+    )
+    fusion: str | None = _field(None, "self, cross_text, cross_image or concat.")
+    image_tokens: str | None = _field(None, "pooled or spatial.")
+    width: int | None = _field(None, "Size of each modality's vector before the classifier.")
+    dropout: float | None = _field(None, "Dropout probability before the classifier.")
+    unfrozen_image_stages: int | None = _field(None, "Train only the last n stages of the image backbone; -1: all.")
+    unfrozen_text_layers: int | None = _field(None, "Train only the last n layers of the text backbone; -1: all.")
+    learned_missing: bool | None = _field(
+        None, "Learn a vector for absent pictures and captions. Default: if the training rows have such."
+    )
+    from_scratch: bool = _field(False, "Start both backbones from random weights.")
+    image_weights: str = _field("hub", "hub, or a weights file or folder for the image backbone.")
+    text_weights: str = _field("hub", "hub, or a folder for the text backbone.")
+    tokenizer: str | None = _field(
+        None, "Hub name, folder, vocab.txt, or 'train'. Default: the text backbone's; 'train' with --from_scratch."
+    )
+    vocab_size: int = _field(8000, "Largest vocabulary of a trained tokenizer.")
+    max_tokens: int = _field(128, "Longer captions are cut.")
+    image_size: int | None = _field(None, "Side of the pictures in pixels. Default: the image backbone's.")
+
+
+@dataclasses.dataclass
+class AugmentationArguments:
+    """Random changes to training rows; 0 switches each off."""
+
+    crop_scale: float = _field(0.6, "Smallest share of a picture's area that a random resized crop keeps.")
+    flip: float = _field(0.5, "Probability of mirroring left and right.")
+    vertical_flip: float = _field(0.0, "Probability of turning upside down.")
+    rotation: float = _field(20.0, "Largest rotation either way, in degrees.")
+    color_jitter: float = _field(0.2, "Largest relative change of brightness, contrast and saturation.")
+    swap_words: float = _field(0.1, "Probability for each word to change places with another.")
+
+
+@dataclasses.dataclass
+class MMClfTrainingArguments(TrainingArguments):
+    """
+    `transformers.TrainingArguments` with other defaults, and:
+
+    Args:
+        backbone_learning_rate (`float`, *optional*): Learning rate of both backbones; defaults to `learning_rate`.
+        early_stopping_patience (`int`, *optional*): Stop after so many evaluations without a better validation F1.
+        label_thresholds (`bool`, *optional*, defaults to `False`): Fit one threshold for each label too.
+        save_predictions (`bool`, *optional*, defaults to `False`): Write `predictions.csv` of validation and test.
+        keep_checkpoints (`bool`, *optional*, defaults to `False`): Keep `checkpoints/` in a finished output folder.
+    """
+
+    eval_strategy: str = _field("epoch", "When to evaluate: no, steps or epoch.")
+    save_strategy: str = _field("epoch", "When to save a checkpoint: no, steps, epoch or best.")
+    save_total_limit: int | None = _field(2, "Most checkpoints to keep; the best always stays.")
+    load_best_model_at_end: bool = _field(True, "Finish with the checkpoint of the best validation score.")
+    metric_for_best_model: str | None = _field("f1", "What the best checkpoint is judged by.")
+    greater_is_better: bool | None = _field(True, "Whether more of it is better.")
+    remove_unused_columns: bool = _field(False, "Must stay off: transforms need the columns that the model does not.")
+    ddp_find_unused_parameters: bool | None = _field(False, "No parameter is unused here, so searching is lost time.")
+    backbone_learning_rate: float | None = _field(None, "Learning rate of both backbones. Default: learning_rate.")
+    early_stopping_patience: int | None = _field(None, "Stop after so many evaluations without a better score.")
+    label_thresholds: bool = _field(False, "Fit a threshold for each label too, shrunk to the global one if rare.")
+    save_predictions: bool = _field(False, "Write predictions.csv of the validation and test rows.")
+    keep_checkpoints: bool = _field(False, "Keep checkpoints/ in the finished output folder.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be off: the transforms read columns the model does not")
+        if self.load_best_model_at_end and str(self.metric_for_best_model) == "None":
+            raise ValueError("metric_for_best_model is empty; expected f1, or another figure of the evaluation")
+
+
+Arguments = tuple[ModelArguments, DataArguments, AugmentationArguments, MMClfTrainingArguments]
+CLASSES = (ModelArguments, DataArguments, AugmentationArguments, MMClfTrainingArguments)
+
+# Shown by --help among the hundred of transformers.TrainingArguments; the others work just the same.
+COMMON = (
+    "output_dir",
+    "learning_rate",
+    "weight_decay",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "bf16",
+    "seed",
+    "logging_steps",
+    "dataloader_num_workers",
+    "resume_from_checkpoint",
+)
+
+
+def machine_defaults() -> dict[str, Any]:
+    """What the machine suggests: bf16 where an accelerator has it, and workers for the cores each process has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    return {
+        "bf16": is_torch_bf16_gpu_available(),
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": True,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+    }
+
+
+def _parser(prog: str | None) -> HfArgumentParser:
+    parser = HfArgumentParser(
+        CLASSES,
+        prog=prog,
+        allow_abbrev=False,
+        description="Train a model for several labels a row. Without arguments it learns the embedded data.",
+        epilog="All arguments of transformers.TrainingArguments are accepted too; --help_all lists them.",
+    )
+    parser.add_argument("--config", help="YAML file with any of these arguments; flags win over it.")
+    parser.add_argument("--help_all", action="store_true", help="Show all arguments and exit.")
+    return parser
+
+
+def _shorten_help(parser: HfArgumentParser) -> None:
+    hidden = {field.name for field in dataclasses.fields(TrainingArguments)} - set(COMMON)
+    for action in parser._actions:
+        if action.dest in hidden or action.option_strings[0].startswith("--no_"):
+            action.help = argparse.SUPPRESS
+
+
+def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) -> Arguments:
+    """
+    The arguments of a training run.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Flags; defaults to those of the process.
+        prog (`str`, *optional*): Name of the program in its help.
+
+    Raises:
+        `SystemExit`: a flag or value that does not exist, after a message with the valid ones.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(prog)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--preset")
+    first.add_argument("--data")
+    early, _ = first.parse_known_args(argv)
+    try:
+        from_file = _read_yaml(early.config) if early.config else {}
+        preset = early.preset or from_file.get("preset")
+        preset = preset or ("warmerdbert" if early.data or from_file.get("data") else "demo")
+        defaults = {**machine_defaults(), **get_preset(preset).recipe, **from_file, "preset": preset}
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    known = {action.dest for action in parser._actions}
+    for name in defaults:
+        if name not in known:
+            parser.error(f"unknown argument {name!r} in {early.config or 'the recipe'}{_nearest(name, known)}")
+    parser.set_defaults(**defaults)
+    if "--help_all" in argv:
+        parser.print_help()
+        parser.exit()
+    _shorten_help(parser)
+    try:
+        *arguments, namespace, rest = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if rest:
+        parser.error(f"unknown argument {rest[0]!r}{_nearest(rest[0].lstrip('-'), known)}; --help lists them")
+    return tuple(arguments)
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected lines such as 'learning_rate: 1e-4', got {type(values).__name__}")
+    return values

@@ -1,0 +1,134 @@
+"""Random changes to training images and captions.
+
+Classes rather than closures, so that workers started by spawn or forkserver can unpickle them. All draws come from
+torch's global generator, which a data loader seeds differently in every worker and reproducibly in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+__all__ = ["ImageAugmentation", "TextAugmentation"]
+
+
+class ImageAugmentation:
+    """
+    Random resized crop, flips, rotation and colour jitter, then the processor's normalisation.
+
+    The crop takes the full-size picture straight to the output size, so the other steps work on few pixels. It thereby
+    replaces the resizing of evaluation (long edge to `size`, centred on a black square), which takes its place when
+    the crop is off. With every switch at 0 the result is exactly that of the image processor.
+
+    Args:
+        size (`int`):
+            Side of the square output in pixels.
+        mean, std (`Sequence[float]`):
+            Mean and standard deviation of the three channels, in units of the 0 to 1 range.
+        resample (`PIL.Image.Resampling` or `int`, *optional*, defaults to bicubic):
+            Filter of the resizing; always antialiased.
+        crop_scale (`float`, *optional*, defaults to 0.6):
+            Smallest share of the picture's area that a crop keeps, at most 1; aspect ratios 3:4 to 4:3. 0: no crop.
+        flip (`float`, *optional*, defaults to 0.5):
+            Probability of mirroring left and right.
+        vertical_flip (`float`, *optional*, defaults to 0.0):
+            Probability of turning top and bottom. Off by default: photographs are not met upside down.
+        rotation (`float`, *optional*, defaults to 20.0):
+            Largest rotation either way in degrees; uncovered corners are black. 0: none.
+        color_jitter (`float`, *optional*, defaults to 0.2):
+            Largest relative change of brightness, contrast and saturation, each drawn on its own; 0: none. The hue
+            stays: colours carry meaning, and shifting it costs more than all other steps together.
+
+    Raises:
+        `ValueError`: for a probability or a share outside 0 to 1, or a negative amount.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        resample: int = Image.Resampling.BICUBIC,
+        crop_scale: float = 0.6,
+        flip: float = 0.5,
+        vertical_flip: float = 0.0,
+        rotation: float = 20.0,
+        color_jitter: float = 0.2,
+    ):
+        if not 0 <= crop_scale <= 1:
+            raise ValueError(f"`crop_scale` must lie between 0 and 1, got {crop_scale}")
+        steps: list[Any] = [v2.PILToTensor()]
+        if crop_scale:
+            steps.append(v2.RandomResizedCrop(size, scale=(crop_scale, 1.0), interpolation=resample))
+        else:
+            steps += [_ResizeLongEdge(size, resample), v2.CenterCrop(size)]  # pads with black what is smaller
+        if flip:
+            steps.append(v2.RandomHorizontalFlip(flip))
+        if vertical_flip:
+            steps.append(v2.RandomVerticalFlip(vertical_flip))
+        if rotation:
+            steps.append(v2.RandomRotation(rotation, interpolation=v2.InterpolationMode.BILINEAR))
+        if color_jitter:
+            steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+        # Rescaling and normalising in one step, in the arithmetic of transformers: equal to the last bit.
+        mean, std = ((255 * torch.tensor(values)).tolist() for values in (mean, std))
+        self.transform = v2.Compose([*steps, v2.ToDtype(torch.float32), v2.Normalize(mean, std)])
+
+    @classmethod
+    def from_processor(cls, processor: Any, **switches: float) -> ImageAugmentation:
+        """Take size, mean, std and resample from an image processor; `switches` are the other arguments."""
+        size, resample = processor.size["longest_edge"], processor.resample
+        return cls(size, processor.image_mean, processor.image_std, resample=resample, **switches)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Turn an upright RGB picture of any size into a float32 tensor of shape (3, size, size), normalised."""
+        return self.transform(image)
+
+
+class _ResizeLongEdge:
+    # v2.Resize(None, max_size) rounds down, to 0 pixels for very long pictures; the image processor does not.
+    def __init__(self, size: int, resample: int):
+        self.size, self.resample = size, resample
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        long_edge = max(image.shape[-2:])
+        size = [max(1, round(edge * self.size / long_edge)) for edge in image.shape[-2:]]
+        return F.resize(image, size, interpolation=self.resample)
+
+
+class TextAugmentation:
+    """
+    Random swaps of words: each word, with probability `swap`, changes places with another word of the caption.
+
+    The words stay the same, only their order changes. Captions of fewer than two words, and those in which no swap is
+    drawn, come back as they are; in the others any run of white space becomes one space.
+
+    Args:
+        swap (`float`, *optional*, defaults to 0.1):
+            Probability of a swap for each word: on average one swap in a caption of ten words. 0: none.
+
+    Raises:
+        `ValueError`: for a probability outside 0 to 1.
+    """
+
+    def __init__(self, swap: float = 0.1):
+        if not 0 <= swap <= 1:
+            raise ValueError(f"`swap` must lie between 0 and 1, got {swap}")
+        self.swap = swap
+
+    def __call__(self, text: str) -> str:
+        """Return `text` with some of its words swapped."""
+        words = text.split()
+        swapped = torch.nonzero(torch.rand(len(words)) < self.swap).flatten().tolist()
+        if len(words) < 2 or not swapped:
+            return text
+        for i in swapped:
+            j = (i + int(torch.randint(1, len(words), ()))) % len(words)  # any word but the i-th
+            words[i], words[j] = words[j], words[i]
+        return " ".join(words)

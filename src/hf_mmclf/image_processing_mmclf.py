@@ -1,0 +1,142 @@
+"""Evaluation preprocessing: any picture to a normalised square that shows the whole of it.
+
+Pushed to the Hub as code, so it imports third-party packages only and stands alone.
+"""
+
+import os
+from io import BytesIO
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, SizeDict, is_valid_image, load_image
+
+__all__ = ["MMClfImageProcessor", "to_rgb"]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """
+    Turn a PIL image of any mode into an upright 8-bit RGB image.
+
+    The EXIF orientation is applied. Transparency is composited on white, as transformers does. Pictures of more than
+    8 bits are scaled, not clipped: 16-bit modes (`I;16`, ...) have 65535 as white; in mode `I` white is the first of
+    255, 65535 and the largest value that no value exceeds, in mode `F` the same after 1.0. Negative values and NaN
+    are black.
+
+    Args:
+        image (`PIL.Image.Image`):
+            A picture in any mode Pillow reads from files; of an animation the current frame is taken.
+
+    Returns:
+        `PIL.Image.Image`: A new image, mode `RGB`, its width and height swapped where the orientation says so.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")  # exif_transpose has already copied it
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    peak = values.max()
+    white = next((white for white in whites if peak <= white), peak)
+    return Image.fromarray((values.clip(0) * (255 / white)).round().astype(np.uint8))
+
+
+def _read(source: str) -> Image.Image:
+    # Not transformers' load_image where it can be helped: it drops transparency and clips 16 bits.
+    if source.startswith(("http://", "https://", "data:")):
+        with urlopen(source, timeout=60) as response:
+            file = BytesIO(response.read())
+    elif os.path.isfile(source):
+        file = source
+    else:
+        return load_image(source)  # bare base64, or an error that names what is accepted
+    with Image.open(file) as image:
+        return to_rgb(image)
+
+
+class MMClfImageProcessor(TorchvisionBackend):
+    r"""
+    Resizes the long edge of a picture to `size`, centres it on a black square and normalises it.
+
+    Small pictures are enlarged; the short edge keeps the aspect ratio and is at least one pixel. The padding is black
+    before normalisation. A path, a URL or a PIL image in any mode is first made upright RGB by [`to_rgb`]. Arrays and
+    tensors are taken as uint8 pixels (0 to 255), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. Single
+    pictures, lists of pictures of mixed sizes and arrays with a leading batch dimension are all accepted.
+
+    Calling it returns a [`BatchFeature`] with `pixel_values`: with `return_tensors="pt"` (or `"np"`) a float32 tensor
+    (array) of shape (batch, 3, size, size), without it a list of tensors of shape (3, size, size).
+
+    Args:
+        size (`int` or `dict[str, int]`, *optional*, defaults to `{"longest_edge": 224}`):
+            Side of the square output in pixels, as a number or as `{"longest_edge": side}`.
+        resample (`PIL.Image.Resampling` or `int`, *optional*, defaults to bicubic):
+            Resampling filter; always antialiased.
+        image_mean (`list[float]`, *optional*, defaults to ImageNet's):
+            Mean of the red, green and blue channel, in units of the 0 to 1 range.
+        image_std (`list[float]`, *optional*, defaults to ImageNet's):
+            Standard deviation of the three channels, in the same units.
+        kwargs:
+            The other arguments of transformers' image processors (`do_resize`, `do_rescale`, `rescale_factor`,
+            `do_normalize`, `device`, ...). Each may also be given when calling the processor.
+
+    Raises:
+        `ValueError`: for another form of `size`, an empty list, or a string that is no picture.
+        `TypeError`: for an input that is no picture, such as bytes.
+    """
+
+    size = {"longest_edge": 224}
+    resample = Image.Resampling.BICUBIC
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    do_convert_rgb = True
+    do_resize = True
+    # transformers' centre crop pads what is smaller than `crop_size`, centred, black and before normalisation; its
+    # `do_pad` would pad bottom right and after normalisation.
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+
+    def _standardize_kwargs(self, size: Any = None, crop_size: Any = None, **kwargs) -> dict[str, Any]:
+        given = dict(size) if isinstance(size, dict | SizeDict) else {"longest_edge": size}
+        edge = given.get("longest_edge")
+        if list(given) != ["longest_edge"] or not isinstance(edge, int) or edge < 1:
+            raise ValueError(f'`size` must be a positive int or {{"longest_edge": int}}, got {size!r}')
+        square = SizeDict(height=edge, width=edge)  # the canvas is never anything but `size`
+        return super()._standardize_kwargs(size=SizeDict(longest_edge=edge), crop_size=square, **kwargs)
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Load paths and URLs as upright RGB PIL images; pass images through, in lists of any depth."""
+        images = image_url_or_urls
+        if isinstance(images, str | os.PathLike):
+            return _read(os.fspath(images))
+        if isinstance(images, list | tuple):
+            if not images:
+                raise ValueError("There is no image to process: the list is empty")
+            return [self.fetch_images(image) for image in images]
+        if not is_valid_image(images):
+            kinds = "a path, a URL, a PIL image, an array or a tensor"
+            raise TypeError(
+                f"An image must be {kinds}, got {type(images).__name__}; open encoded bytes with PIL first"
+            )
+        return images
+
+    def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs) -> torch.Tensor:
+        """Turn one picture into a tensor of shape (channels, height, width), a PIL image by way of [`to_rgb`]."""
+        if isinstance(image, Image.Image):
+            image, do_convert_rgb = to_rgb(image), False
+        return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+
+    def resize(self, image: torch.Tensor, size: SizeDict, **kwargs) -> torch.Tensor:
+        """Resize images of shape (..., height, width) so that their long edge measures `size.longest_edge`."""
+        long_edge = max(image.shape[-2:])
+        height, width = (max(1, round(edge * size.longest_edge / long_edge)) for edge in image.shape[-2:])
+        return super().resize(image, SizeDict(height=height, width=width), **kwargs)

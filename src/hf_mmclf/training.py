@@ -1,0 +1,336 @@
+"""The main job: rows in, one folder with a trained model and its thresholds out."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from torch import nn
+from transformers import AutoConfig, EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .arguments import AugmentationArguments, MMClfTrainingArguments, ModelArguments
+from .augmentation import ImageAugmentation, TextAugmentation
+from .batches import Collator, EvaluationImageTransform, RowTransform
+from .configuration_mmclf import MMClfConfig
+from .data import DataArguments, PreparedData, prepare_data
+from .evaluation import ComputeMetrics, report, report_table, scores_of, write_predictions
+from .image_processing_mmclf import MMClfImageProcessor
+from .metrics import best_threshold, label_thresholds
+from .modeling_mmclf import MMClfForImageTextClassification
+from .presets import config_from_preset
+from .tokenization import load_tokenizer
+
+CHECKPOINTS = "checkpoints"
+
+
+class MMClfTrainer(Trainer):
+    """`Trainer` with learning rates by part and no weight decay on one-dimensional parameters."""
+
+    args: MMClfTrainingArguments
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that the arguments name, over [`parameter_groups`]."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(parameter_groups(model, self.args), **options)
+        return self.optimizer
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Leaves out a last batch of a single row where BatchNorm could not work on it; evaluation keeps all rows."""
+        given = self.args.dataloader_drop_last
+        lonely = len(self.train_dataset) % self.args.train_batch_size == 1
+        if lonely and any(isinstance(module, nn.BatchNorm1d) for module in self.model.modules()):
+            self.args.dataloader_drop_last = True
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = given
+
+
+def parameter_groups(model: nn.Module, args: MMClfTrainingArguments) -> list[dict[str, Any]]:
+    """
+    Trained parameters by learning rate and weight decay.
+
+    Decay by dimension, not by name: names miss normalisation layers such as DenseNet's `norm5`.
+    """
+    backbone_rate = args.learning_rate if args.backbone_learning_rate is None else args.backbone_learning_rate
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        in_backbone = name.removeprefix("module.").startswith(("image_model.", "text_model."))
+        rate = backbone_rate if in_backbone else args.learning_rate
+        decay = args.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def build_config(args: ModelArguments) -> MMClfConfig:
+    """The preset's configuration with what the arguments change; labels and vocabulary are still open."""
+    names = ("fusion", "image_tokens", "width", "dropout", "learned_missing")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name in ("unfrozen_image_stages", "unfrozen_text_layers"):
+        if getattr(args, name) is not None:
+            changes[name] = None if getattr(args, name) == -1 else getattr(args, name)
+    if args.image_backbone is not None:
+        changes |= {"image_backbone": None if args.image_backbone == "none" else args.image_backbone}
+        changes |= {"image_backbone_args": None}
+    if args.text_backbone == "none":
+        changes |= {"text_backbone": None, "text_config": None}
+    elif args.text_backbone is not None:
+        text_config = AutoConfig.from_pretrained(args.text_backbone).to_dict()
+        changes |= {"text_backbone": Path(args.text_backbone).name, "text_config": text_config}
+        if not Path(args.text_backbone).is_dir():
+            changes["text_backbone"] = args.text_backbone
+    return config_from_preset(args.preset, **changes)
+
+
+def build_model(
+    config: MMClfConfig, args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None
+) -> MMClfForImageTextClassification:
+    """The model, its backbones loaded as the arguments say."""
+    image_weights, text_weights = (None, None) if args.from_scratch else (args.image_weights, args.text_weights)
+    if text_weights == "hub" and args.text_backbone and Path(args.text_backbone).is_dir():
+        text_weights = args.text_backbone
+    if config.has_text:
+        if text_weights is None:
+            config.text_config.vocab_size = len(tokenizer)
+            config.text_config.pad_token_id = tokenizer.pad_token_id
+        elif len(tokenizer) > config.text_config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer):,} tokens, the pretrained text backbone "
+                f"{config.text_config.vocab_size:,}; use the backbone's own tokenizer, or --from_scratch"
+            )
+    return MMClfForImageTextClassification.from_backbones(config, image_weights, text_weights)
+
+
+def build_image_processor(config: MMClfConfig, size: int | None = None) -> MMClfImageProcessor:
+    """Size (unless given), mean and deviation as timm knows them for the image backbone."""
+    known = timm.get_pretrained_cfg(config.image_backbone).to_dict()
+    return MMClfImageProcessor(
+        size=size or known["input_size"][-1], image_mean=list(known["mean"]), image_std=list(known["std"])
+    )
+
+
+def train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    augmentation: AugmentationArguments,
+    args: MMClfTrainingArguments,
+) -> Path:
+    """
+    Trains, fits the thresholds on the validation rows, reports on validation and test rows, and writes the folder.
+
+    Returns:
+        `Path`: The output folder: model, image processor, tokenizer, `metrics.json`, `training.json`, `splits.csv`.
+
+    Raises:
+        `FileExistsError`: the output folder is in use already.
+    """
+    output, resume = _claim_output(model_args, args)
+    set_seed(args.seed)
+    config = build_config(model_args)
+    main = args.process_index == 0
+    say = print if main else _be_silent
+    prepared = prepare_data(data_args, config.has_image, config.has_text)
+    train_rows = prepared.splits["train"]
+    say(f"Rows: {', '.join(f'{name} {len(split):,}' for name, split in prepared.splits.items())}")
+    say(f"  splits: {prepared.split_source}; labels: {', '.join(prepared.labels.names)}")
+    for where, reason in prepared.bad_images:
+        say(f"  picture {'left out' if data_args.bad_images == 'skip' else 'taken as absent'}: {where}: {reason}")
+
+    tokenizer, tokenizer_source = None, None
+    if config.has_text:
+        with args.main_process_first(desc="tokenizer"):  # trained once, so that all processes have the same
+            tokenizer, tokenizer_source = _tokenizer(model_args, config, train_rows, Path(args.output_dir), resume)
+    config.id2label = dict(enumerate(prepared.labels.names))
+    config.label2id = {name: i for i, name in config.id2label.items()}
+    config.label_ids = list(prepared.labels.ids)
+    _settle_missing(config, prepared, say)
+    model = build_model(config, model_args, tokenizer)
+    for part, weights in (("image", config.image_weights), ("text", config.text_weights)):
+        if weights:
+            say(f"{part} backbone: {'random weights' if weights == 'scratch' else f'pretrained, {weights}'}")
+    if tokenizer is not None:
+        say(f"tokenizer: {tokenizer_source}")
+    trained = model.num_parameters(only_trainable=True)
+    say(f"parameters: {model.num_parameters():,}, of which {trained:,} train")
+
+    processor, size = None, None
+    if config.has_image:
+        processor = build_image_processor(config, model_args.image_size)
+        size = processor.size["longest_edge"]
+    collator = Collator(tokenizer, _max_tokens(config, model_args.max_tokens), size)
+    evaluation = RowTransform(prepared.folder, processor and EvaluationImageTransform(processor))
+    training = RowTransform(prepared.folder, *_augmentations(augmentation, processor))
+    trainer = MMClfTrainer(
+        model=model,
+        args=args,
+        data_collator=collator,
+        train_dataset=train_rows.with_transform(training),
+        eval_dataset=prepared.splits["validation"].with_transform(evaluation),
+        compute_metrics=ComputeMetrics(),
+    )
+    if args.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+    trainer.train(resume_from_checkpoint=resume)
+
+    reports, predictions = {}, {}
+    for name in ("validation", "test"):
+        rows = prepared.splits.get(name)
+        if rows is None or "labels" not in rows.column_names:
+            say(f"No labelled {name} rows: nothing to report on them")
+            continue
+        result = trainer.predict(rows.with_transform(evaluation), metric_key_prefix=name)
+        scores = predictions[name] = scores_of(result.predictions)
+        if name == "validation":  # test labels never choose anything
+            _fit_thresholds(config, scores, result.label_ids, args.label_thresholds)
+        reports[name] = report(scores, result.label_ids, config)
+    if main:
+        _write(output, trainer, tokenizer, processor, prepared, reports, predictions, tokenizer_source)
+        print(f"\n{report_table(reports)}\n\nThreshold: {config.threshold:.4f}, fitted on the validation rows")
+        print(f"Output folder: {output}\nLoad it with:")
+        print(f'  import hf_mmclf; from transformers import AutoModel; model = AutoModel.from_pretrained("{output}")')
+    trainer.accelerator.wait_for_everyone()
+    return output
+
+
+def _be_silent(*_: Any) -> None:
+    pass
+
+
+def _claim_output(model_args: ModelArguments, args: MMClfTrainingArguments) -> tuple[Path, str | None]:
+    """The output folder, and the checkpoint to go on from. Moves Trainer's own files to a sub-folder of it."""
+    resuming = args.resume_from_checkpoint not in (None, "false", "False", False)
+    output = Path(args.output_dir)
+    if args.output_dir == "trainer_output":  # transformers' default: nobody chose a folder
+        if resuming:
+            raise ValueError("--resume_from_checkpoint needs the --output_dir of the run to go on with")
+        chosen = [None]
+        if args.process_index == 0:
+            output, number = Path("outputs") / model_args.preset, 2
+            while output.exists():
+                output, number = Path("outputs") / f"{model_args.preset}-{number}", number + 1
+            chosen = [str(output)]
+        output = Path(broadcast_object_list(chosen)[0] if args.world_size > 1 else chosen[0])
+    elif not resuming and output.exists() and any(output.iterdir()):
+        raise FileExistsError(
+            f"{output} is not empty; give another --output_dir, or --resume_from_checkpoint true to go on there"
+        )
+    if args.world_size > 1:
+        args.distributed_state.wait_for_everyone()  # until all have looked, nobody writes
+    args.output_dir = str(output / CHECKPOINTS)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    if not resuming:
+        return output, None
+    checkpoint = args.resume_from_checkpoint
+    if str(checkpoint).lower() == "true":
+        checkpoint = get_last_checkpoint(args.output_dir)
+    if checkpoint is None or not Path(checkpoint).is_dir():
+        raise FileNotFoundError(f"no checkpoint to go on from: {checkpoint or args.output_dir}")
+    return output, checkpoint
+
+
+def _tokenizer(
+    args: ModelArguments, config: MMClfConfig, rows: Dataset, folder: Path, resume: str | None
+) -> tuple[PreTrainedTokenizerBase, str]:
+    source = args.tokenizer or ("train" if args.from_scratch else args.text_backbone or config.text_backbone)
+    saved, note = folder / "tokenizer", folder / "tokenizer.txt"
+    if source == "train" and note.exists():  # by the main process, or by the run that is resumed
+        return load_tokenizer(str(saved))[0], note.read_text(encoding="utf-8")
+    tokenizer, description = load_tokenizer(source, filter(None, rows["text"]), args.vocab_size)
+    if source == "train":
+        tokenizer.save_pretrained(saved)
+        note.write_text(description, encoding="utf-8")
+    return tokenizer, description
+
+
+def _max_tokens(config: MMClfConfig, wanted: int) -> int:
+    return min(wanted, getattr(config.text_config, "max_position_embeddings", wanted)) if config.has_text else wanted
+
+
+def _settle_missing(config: MMClfConfig, prepared: PreparedData, say: Any) -> None:
+    """Says how many rows lack a picture or caption, and lets the model learn stand-ins if training rows do."""
+    if not (config.has_image and config.has_text):
+        return
+    for name, split in prepared.splits.items():
+        absent = {"picture": split["image"], "caption": split["text"]}
+        counts = {kind: sum(value is None for value in values) for kind, values in absent.items()}
+        if any(counts.values()):
+            say(f"  {name}: {counts['picture']:,} rows without a picture, {counts['caption']:,} without a caption")
+            if name == "train" and not config.learned_missing:
+                config.learned_missing = True
+                say("  learned vectors stand in for them (learned_missing)")
+
+
+def _augmentations(args: AugmentationArguments, processor: MMClfImageProcessor | None) -> tuple[Any, Any]:
+    image = processor and ImageAugmentation.from_processor(
+        processor,
+        crop_scale=args.crop_scale,
+        flip=args.flip,
+        vertical_flip=args.vertical_flip,
+        rotation=args.rotation,
+        color_jitter=args.color_jitter,
+    )
+    return image, TextAugmentation(args.swap_words) if args.swap_words else None
+
+
+def _fit_thresholds(config: MMClfConfig, scores: Any, references: Any, per_label: bool) -> None:
+    config.threshold = float(best_threshold(scores, references))
+    config.label_thresholds = None
+    if per_label:
+        fitted = label_thresholds(scores, references)
+        config.label_thresholds = {name: float(t) for name, t in zip(config.id2label.values(), fitted, strict=True)}
+
+
+def _write(
+    output: Path,
+    trainer: MMClfTrainer,
+    tokenizer: PreTrainedTokenizerBase | None,
+    processor: MMClfImageProcessor | None,
+    prepared: PreparedData,
+    reports: dict[str, Any],
+    predictions: dict[str, Any],
+    tokenizer_source: str | None,
+) -> None:
+    """Writes elsewhere, then moves, config.json last: without it a folder does not load, so none looks whole early."""
+    config, args = trainer.model.config, trainer.args
+    stage = Path(args.output_dir) / "finished"
+    shutil.rmtree(stage, ignore_errors=True)
+    trainer.model.save_pretrained(stage)
+    for part in (tokenizer, processor):
+        if part is not None:
+            part.save_pretrained(stage)
+    thresholds = {"threshold": config.threshold, "label_thresholds": config.label_thresholds}
+    training = {
+        "image_backbone": config.image_weights,
+        "text_backbone": config.text_weights,
+        "tokenizer": tokenizer_source,
+        "splits": prepared.split_source,
+        "rows": {name: len(split) for name, split in prepared.splits.items()},
+        "bad_images": prepared.bad_images,
+        "seed": args.seed,
+        "best_validation_f1": trainer.state.best_metric,
+        "epochs": trainer.state.epoch,
+        "history": trainer.state.log_history,
+    }
+    dump = partial(json.dumps, indent=2, ensure_ascii=False)
+    (stage / "metrics.json").write_text(dump({**thresholds, **reports}), encoding="utf-8")
+    (stage / "training.json").write_text(dump(training), encoding="utf-8")
+    lines = [f"{name},{where}\n" for name, split in prepared.splits.items() for where in split["where"]]
+    (stage / "splits.csv").write_text("split,row\n" + "".join(lines), encoding="utf-8")
+    if args.save_predictions:
+        for name, scores in predictions.items():
+            write_predictions(stage / f"predictions-{name}.csv", prepared.splits[name], scores, config)
+    for file in sorted(stage.iterdir(), key=lambda file: file.name == "config.json"):
+        file.replace(output / file.name)
+    stage.rmdir()
+    if not args.keep_checkpoints:
+        shutil.rmtree(args.output_dir)
