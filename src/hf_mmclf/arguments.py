@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ def _field(default: Any, text: str) -> Any:
 class ModelArguments:
     """The architecture, what it starts from, its tokenizer and its pictures. `None` leaves the preset's value."""
 
+    _argument_group_name = "model and tokenizer"
     preset: str | None = _field(
         None, "A row of `hf-mmclf presets`. Default: demo on the embedded data set, else warmerdbert."
     )
@@ -61,6 +62,7 @@ class ModelArguments:
 class AugmentationArguments:
     """Random changes to training rows; 0 switches each off."""
 
+    _argument_group_name = "augmentation of training rows"
     crop_scale: float = _field(0.6, "Smallest share of a picture's area that a random resized crop keeps.")
     flip: float = _field(0.5, "Probability of mirroring left and right.")
     vertical_flip: float = _field(0.0, "Probability of turning upside down.")
@@ -82,6 +84,7 @@ class MMClfTrainingArguments(TrainingArguments):
         keep_checkpoints (`bool`, *optional*, defaults to `False`): Keep `checkpoints/` in a finished output folder.
     """
 
+    _argument_group_name = "training"
     eval_strategy: str = _field("epoch", "When to evaluate: no, steps or epoch.")
     save_strategy: str = _field("epoch", "When to save a checkpoint: no, steps, epoch or best.")
     save_total_limit: int | None = _field(2, "Most checkpoints to keep; the best always stays.")
@@ -143,6 +146,7 @@ def _parser(prog: str | None) -> HfArgumentParser:
     parser = HfArgumentParser(
         CLASSES,
         prog=prog,
+        usage="%(prog)s [--config FILE] [--argument value ...]",
         allow_abbrev=False,
         description="Train a model for several labels a row. Without arguments it learns the embedded data.",
         epilog="All arguments of transformers.TrainingArguments are accepted too; --help_all lists them.",
@@ -152,11 +156,16 @@ def _parser(prog: str | None) -> HfArgumentParser:
     return parser
 
 
-def _shorten_help(parser: HfArgumentParser) -> None:
-    hidden = {field.name for field in dataclasses.fields(TrainingArguments)} - set(COMMON)
+def shorten_help(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) -> None:
+    """Makes a help that people can read: without `hidden`, second spellings and empty defaults. All still work."""
+    parser.formatter_class = argparse.HelpFormatter
     for action in parser._actions:
-        if action.dest in hidden or action.option_strings[0].startswith("--no_"):
+        spellings = [option for option in action.option_strings if "-" not in option.lstrip("-")]
+        action.option_strings = spellings or action.option_strings
+        if action.dest in hidden or action.option_strings[0:1] == [f"--no_{action.dest}"]:
             action.help = argparse.SUPPRESS
+        elif action.default not in (None, False, argparse.SUPPRESS) and action.help:
+            action.help += " (default: %(default)s)"
 
 
 def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) -> Arguments:
@@ -192,7 +201,7 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) 
     if "--help_all" in argv:
         parser.print_help()
         parser.exit()
-    _shorten_help(parser)
+    shorten_help(parser, {field.name for field in dataclasses.fields(TrainingArguments)} - set(COMMON))
     try:
         *arguments, namespace, rest = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False

@@ -91,7 +91,7 @@ class MMClfConfig(PreTrainedConfig):
             raise ValueError(f"dropout is {self.dropout}; expected a probability in [0, 1)")
 
     def validate_labels(self):
-        """Raises `ValueError` for thresholds out of range or of unknown labels, and for labels misnumbered or named twice."""
+        """Raises `ValueError` for labels misnumbered or named twice, and thresholds out of range or of none."""
         names = list(self.id2label.values())
         if sorted(self.id2label) != list(range(len(names))):
             raise ValueError(f"id2label has the keys {sorted(self.id2label)}; expected 0 to {len(names) - 1}")

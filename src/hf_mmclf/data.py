@@ -30,6 +30,8 @@ def _field(default: Any, text: str) -> Any:
 class DataArguments:
     """Where the rows come from. See [`read_source`] for what `data` may be."""
 
+    _argument_group_name = "data"
+
     data: str | None = _field(
         None, "Table (.csv, .tsv, .jsonl, .parquet), folder, or data set on the Hub. Default: the embedded data set."
     )
@@ -73,7 +75,12 @@ class PreparedData:
 
 
 def prepare_data(
-    args: DataArguments, uses_image: bool = True, uses_text: bool = True, labels: LabelSet | None = None
+    args: DataArguments,
+    uses_image: bool = True,
+    uses_text: bool = True,
+    labels: LabelSet | None = None,
+    with_labels: bool = True,
+    sources: dict[str, Dataset] | None = None,
 ) -> PreparedData:
     """
     Reads, checks and splits the rows.
@@ -82,18 +89,20 @@ def prepare_data(
         args ([`DataArguments`]): Where the rows come from.
         uses_image, uses_text (`bool`, *optional*, defaults to `True`): What the model looks at; only that is checked.
         labels ([`LabelSet`], *optional*): Labels of a trained model: nothing is split, and rows may be unlabelled.
+        with_labels (`bool`, *optional*, defaults to `True`): Whether to read labels; not for prediction.
+        sources (`dict[str, Dataset]`, *optional*): Tables by split, instead of those that `args` name.
 
     Raises:
         `ValueError`, `FileNotFoundError`: naming file, row and column.
     """
-    sources = _read_sources(args)
+    sources = sources or _read_sources(args)
     folder = Path(args.image_dir or ".")
     if args.data and not args.image_dir:
         folder = Path(args.data) if Path(args.data).is_dir() else Path(args.data).parent
     trained = labels
     splits, parsed = {}, {}
     for name, source in sources.items():
-        splits[name], parsed[name] = _standardize(source, args, name)
+        splits[name], parsed[name] = _standardize(source, args, name, with_labels)
         if parsed[name] is not None and labels is None and name == "train":
             labels = LabelSet.from_rows(parsed[name], args.label_names_file)
     if labels is None:
@@ -145,7 +154,9 @@ def _find_column(data: Dataset, given: str | None, defaults: Sequence[str], flag
     return given
 
 
-def _standardize(data: Dataset, args: DataArguments, split: str) -> tuple[Dataset, list[list[str]] | None]:
+def _standardize(
+    data: Dataset, args: DataArguments, split: str, with_labels: bool
+) -> tuple[Dataset, list[list[str]] | None]:
     """The columns `image`, `text`, `where`, and the labels of each row (`None` for an unlabelled table)."""
     image = _find_column(data, args.image_column, IMAGE_COLUMNS, "image_column")
     text = _find_column(data, args.text_column, TEXT_COLUMNS, "text_column")
@@ -155,7 +166,9 @@ def _standardize(data: Dataset, args: DataArguments, split: str) -> tuple[Datase
             "--image_column and --text_column"
         )
     labels = None
-    if args.label_columns:
+    if not with_labels:
+        pass
+    elif args.label_columns:
         for column in args.label_columns:
             _find_column(data, column, (), "label_columns")
         labels = parse_labels(data, columns=args.label_columns)

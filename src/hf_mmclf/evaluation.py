@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,49 +80,61 @@ def report_table(reports: dict[str, dict[str, Any]]) -> str:
     return metrics_table(rows)
 
 
-def write_predictions(
-    path: str | Path,
-    data: Dataset,
-    scores: np.ndarray,
-    config: MMClfConfig,
-    extra: dict[str, Sequence[Any]] | None = None,
-) -> None:
+PREDICTION_SUFFIXES = (".csv", ".jsonl")
+
+
+def write_predictions(path: str | Path, rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> None:
     """
-    Writes predicted labels, as labels are written in the data.
+    Writes predicted labels to a file that is there whole or not at all.
 
     Args:
-        path (`str` or `Path`): `.csv` for the competition's form (`ImageID,Labels`, labels separated by spaces);
-            `.jsonl` for one object a row, with labels and all scores by name.
-        data (`Dataset`): The rows, with the columns `image` and `where`.
+        path (`str` or `Path`): `.csv` for the competition's form, `ImageID,Labels`, with the labels as the data writes
+            them, separated by spaces; `.jsonl` for one object a row, with the labels and all scores by name.
+        rows (`Dataset`): The columns `image` and `where`.
         scores (`np.ndarray` of shape `(rows, labels)`): Probabilities.
         config ([`MMClfConfig`]): Labels and thresholds.
-        extra (`dict`, *optional*): Further columns, placed first.
     """
-    path, names = Path(path), list(config.id2label.values())
-    ids = config.label_ids or names
-    hits = scores.astype(np.float64) >= np.array(config.thresholds)
-    extra = extra or {}
-    images = [_name_of(image) or where for image, where in zip(data["image"], data["where"], strict=True)]
-    part = path.with_name(f".{path.name}.part")  # a killed run must not leave a short file that looks whole
+    path = Path(path)
+    if path.suffix not in PREDICTION_SUFFIXES:
+        raise ValueError(f"{path}: expected a name that ends in {' or '.join(PREDICTION_SUFFIXES)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
     with part.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
+            ids = np.array(config.label_ids or list(config.id2label.values()))
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*extra, "ImageID", "Labels"])
-            for row, image in enumerate(images):
-                labels = " ".join(ids[i] for i in np.flatnonzero(hits[row]))
-                writer.writerow([*(values[row] for values in extra.values()), image, labels])
-        elif path.suffix == ".jsonl":
-            for row, image in enumerate(images):
-                best_first = np.argsort(-scores[row], kind="stable")
-                line = {name: values[row] for name, values in extra.items()}
-                line |= {"image": image, "labels": [names[i] for i in best_first if hits[row, i]]}
-                line["scores"] = {names[i]: round(float(scores[row, i]), 6) for i in best_first}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            writer.writerow(["ImageID", "Labels"])
+            hits = _hits(scores, config)
+            writer.writerows([name, " ".join(ids[hits[row]])] for row, name in enumerate(_names(rows)))
         else:
-            part.unlink()
-            raise ValueError(f"{path}: expected a name that ends in .csv (ImageID,Labels) or .jsonl (with scores)")
+            for name, ranked in zip(_names(rows), _ranked(scores, config), strict=True):
+                labels = [label for label, _, hit in ranked if hit]
+                line = {"image": name, "labels": labels, "scores": {label: score for label, score, _ in ranked}}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
     part.replace(path)
 
 
-def _name_of(image: Any) -> str | None:
-    return image if isinstance(image, str) or image is None else image.get("path")
+def prediction_lines(rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> list[str]:
+    """One line of text a row: its name, and its labels with their scores, most likely first."""
+    return [
+        f"{name}: " + (", ".join(f"{label} {score:.2f}" for label, score, hit in ranked if hit) or "no label")
+        for name, ranked in zip(_names(rows), _ranked(scores, config), strict=True)
+    ]
+
+
+def _hits(scores: np.ndarray, config: MMClfConfig) -> np.ndarray:
+    return scores.astype(np.float64) >= np.array(config.thresholds)
+
+
+def _ranked(scores: np.ndarray, config: MMClfConfig) -> Iterator[list[tuple[str, float, bool]]]:
+    """Label, score and whether it is predicted, for each row, most likely first."""
+    names = list(config.id2label.values())
+    for row, hits in zip(scores, _hits(scores, config), strict=True):
+        order = np.argsort(-row, kind="stable")
+        yield [(names[i], round(float(row[i]), 6), bool(hits[i])) for i in order]
+
+
+def _names(rows: Dataset) -> list[str]:
+    """What each row is called: its picture's name, or its place in the source."""
+    names = [image if isinstance(image, str) or image is None else image.get("path") for image in rows["image"]]
+    return [name or where for name, where in zip(names, rows["where"], strict=True)]

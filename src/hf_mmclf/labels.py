@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
@@ -24,7 +26,7 @@ def parse_labels(
         columns (`Sequence[str]`, *optional*):
             Columns of 0 and 1, one for each label, instead.
         delimiter (`str`, *optional*):
-            What separates labels in text. Defaults to the first of `|`, `;`, `,` in the column, else white space.
+            What separates labels in text. Defaults to [`find_delimiter`] of the column.
 
     Raises:
         `ValueError`: a value that is none of these, with its row.
@@ -34,36 +36,50 @@ def parse_labels(
     feature = data.features[column]
     inner = getattr(feature, "feature", feature)
     values = data[column][:]
-    if isinstance(inner, ClassLabel):
-        names = inner.names
+    if isinstance(inner, ClassLabel):  # -1 is how datasets say that there is no label
         values = [value if isinstance(value, list) else [value] for value in values]
-        return [[names[index] for index in value if index is not None] for value in values]
-    texts = [value for value in values if isinstance(value, str)]
+        return [[inner.names[index] for index in value if index not in (None, -1)] for value in values]
     if delimiter is None:
-        delimiter = next((mark for mark in "|;," if any(mark in text for text in texts)), None)
+        delimiter = find_delimiter(values)
     rows = []
-    for where, value in zip(data["where"], values, strict=True):
-        if value is None:
-            value = []
-        elif isinstance(value, str):
-            value = value.split(delimiter)
-        elif not isinstance(value, list):
-            value = [value]
-        labels = [str(label).strip() for label in value]
-        if any(isinstance(label, (float, dict, list)) for label in value):
-            raise ValueError(f"{where}: cannot read the labels {value!r}; expected text, a list or class indices")
-        rows.append([label for label in labels if label])
+    for where, value in zip(data["where"][:], values, strict=True):
+        parts = value.split(delimiter) if isinstance(value, str) else value if isinstance(value, list) else [value]
+        if len(parts) > 2 and all(part in (0, 1) for part in parts):
+            raise ValueError(f"{where}: the labels are {value!r}, of 0 and 1; give such labels a column each")
+        try:
+            rows.append([label for label in map(_as_label, parts) if label])
+        except TypeError:
+            raise ValueError(f"{where}: cannot read the labels {value!r}; expected text, lists or indices") from None
     return rows
 
 
+def find_delimiter(values: Iterable[Any]) -> str | None:
+    """The first of `|`, `;`, `,` that is anywhere in the texts; `None`, white space, if none is."""
+    marks = {mark for value in values if isinstance(value, str) for mark in "|;," if mark in value}
+    return next((mark for mark in "|;," if mark in marks), None)
+
+
+def _as_label(value: Any) -> str:
+    """A label as text; empty if there is none. A column of indices with gaps is stored as floats: 3.0 and NaN."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if not isinstance(value, (str, int)):
+        raise TypeError
+    return str(value).strip()
+
+
 def _parse_indicators(data: Dataset, columns: Sequence[str]) -> list[list[str]]:
-    hits = np.zeros((len(data), len(columns)), dtype=bool)
-    for i, column in enumerate(columns):
-        for row, value in enumerate(data[column]):
-            if str(value) not in ("0", "1", "0.0", "1.0", "False", "True"):
-                raise ValueError(f"{data['where'][row]}: column {column!r} is {value!r}; expected 0 or 1")
-            hits[row, i] = str(value) in ("1", "1.0", "True")
-    return [[columns[i] for i in np.flatnonzero(row)] for row in hits]
+    rows = [[] for _ in range(len(data))]
+    for column in columns:
+        for i, value in enumerate(data[column][:]):
+            text = str(value).strip().lower()
+            if text not in ("0", "1", "0.0", "1.0", "false", "true"):
+                raise ValueError(f"{data['where'][i]}: column {column!r} is {value!r}; expected 0 or 1")
+            if text in ("1", "1.0", "true"):
+                rows[i].append(column)
+    return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +106,10 @@ class LabelSet:
         ids = {label for row in rows for label in row}
         names = {}
         if names_file is not None:
-            names = json.loads(Path(names_file).read_text(encoding="utf-8"))
+            try:
+                names = json.loads(Path(names_file).read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{names_file}: not JSON: {error}") from None
             if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
                 raise ValueError(f'{names_file}: expected a JSON object such as {{"1": "person"}}')
             if len(set(names.values())) != len(names):
@@ -98,8 +117,8 @@ class LabelSet:
             ids = set(names)
         if not ids:
             raise ValueError("no row has a label; check --label_column and --label_columns")
-        numeric = all(label.lstrip("-").isdigit() for label in ids)
-        ordered = tuple(sorted(ids, key=int if numeric else str))
+        numeric = all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in ids)
+        ordered = tuple(sorted(ids, key=lambda label: (float(label) if numeric else 0, label)))
         return cls(ordered, tuple(names.get(label, label) for label in ordered))
 
     def encode(self, rows: Sequence[Sequence[str]], where: Sequence[str]) -> np.ndarray:

@@ -7,10 +7,12 @@
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 COMPETITION_HEADERS = (["ImageID", "Labels", "Caption"], ["ImageID", "Caption"])
@@ -54,16 +56,16 @@ def read_source(source: str) -> DatasetDict:
         raise SourceError(f"{source!r}: no such file or folder")
     else:
         splits = _as_splits(load_dataset(source), source)
-    return DatasetDict({name: _with_where(split, f"{source}/{name}") for name, split in splits.items()})
+    return DatasetDict(splits)
 
 
 def read_table(path: str | Path) -> Dataset:
     """One file as a `Dataset`, with a column `where`; see [`read_source`]."""
     path = Path(path)
-    if path.suffix == ".parquet":
-        return _with_where(Dataset.from_parquet(str(path)), path.name)
     if path.suffix not in TABLE_SUFFIXES:
         raise SourceError(f"{path}: unknown kind of table; expected one of {', '.join(TABLE_SUFFIXES)}")
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -80,14 +82,42 @@ def read_table(path: str | Path) -> Dataset:
         columns = {name: [row.get(name) for _, row in rows] for name in header}
     else:
         columns = {name: [row[i] for _, row in rows] for i, name in enumerate(header)}
-    return Dataset.from_dict({**columns, "where": [f"{path.name}:{line}" for line, _ in rows]})
+    lines = [line for line, _ in rows]
+    try:
+        return Dataset.from_dict({**columns, "where": [f"{path.name}:{line}" for line in lines]})
+    except (pa.ArrowException, OverflowError) as error:
+        raise SourceError(f"{path}{_uneven(columns, lines)}: {error}") from None
+
+
+def _read_parquet(path: Path) -> Dataset:
+    try:
+        data = Dataset.from_parquet(str(path))
+    except Exception as error:  # datasets wraps what Arrow says, in its own classes
+        raise SourceError(f"{path}: cannot be read as Parquet: {error.__cause__ or error}") from None
+    if not len(data):
+        raise SourceError(f"{path}: no rows")
+    return _with_where(data, path.name)
+
+
+def _uneven(columns: dict[str, list], lines: list[int]) -> str:
+    """Where a column changes its kind, for an error."""
+    for name, values in columns.items():
+        kinds = {}
+        for line, value in zip(lines, values, strict=True):
+            if value is not None:
+                kinds.setdefault(type(value).__name__, line)
+        if len(kinds) > 1:
+            (first, there), (other, line) = list(kinds.items())[:2]
+            return f", line {line}: column {name!r} is {other} here, but {first} on line {there}"
+    return ""
 
 
 def _csv_rows(path: Path, text: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
     delimiter = "\t" if path.suffix == ".tsv" else ","
-    header = next(csv.reader([text.partition("\n")[0].rstrip("\r")], delimiter=delimiter), [])
+    first = text.partition("\n")[0].rstrip("\r")
+    header = [] if "\r" in first else next(csv.reader([first], delimiter=delimiter), [])
     if len(set(header)) != len(header) or not header:
-        raise SourceError(f"{path}, line 1: expected a header of distinct column names, got {header}")
+        raise SourceError(f"{path}, line 1: expected a header of distinct column names, got {first[:200]!r}")
     reader = _competition_rows(path, text, len(header)) if header in COMPETITION_HEADERS else None
     return header, list(reader or _plain_rows(path, text, delimiter, len(header)))
 
@@ -114,40 +144,51 @@ def _plain_rows(path: Path, text: str, delimiter: str, width: int) -> Iterator[t
         ) from None
 
 
+_QUOTED = re.compile(r'"[^"]*(?:""[^"]*)*"\s*')
+
+
 def _competition_rows(path: Path, text: str, width: int) -> Iterator[tuple[int, list[str]]]:
     """Rows of the competition's own CSV, which no CSV reader gets right.
 
     The caption is last and may hold commas, line breaks and bare quotes, quoted or not. So a row is a line that starts
-    with a picture's name; all other lines continue the caption before them, which must then be in quotes.
+    with a picture's name, or with a comma where it has none; all other lines continue the caption before them, which
+    must then be in quotes.
     """
-    labels = r'("?)([^,"]*)\2,' if width == 3 else "()()"
-    start = re.compile(rf'([^,"]+\.(?:jpe?g|png|webp|bmp|gif|tiff?)),{labels}(.*)', re.IGNORECASE | re.DOTALL)
-    row = None
-    for line, content in enumerate([*text.split("\n")[1:], None], 2):
-        match = content is not None and start.match(content.removesuffix("\r"))
-        if row and (match or content is None):
-            yield _finish_competition_row(path, *row)
-            row = None
-        if match:
-            name, _, label_text, caption = match.groups()
-            row = (line, [name, label_text][: width - 1], caption)
-        elif row and row[2].startswith('"') and not _QUOTED.fullmatch(row[2]):
-            row = (*row[:2], f"{row[2]}\n{content.removesuffix(chr(13))}")
-        elif content and content.strip():
+    labels = r'(?:"([^"]*)"|([^,"]*)),' if width == 3 else "()()"
+    start = re.compile(
+        rf'("?)([^,"]+\.(?:jpe?g|png|webp|bmp|gif|tiff?)|(?=\1,\S))\1,{labels}(.*)', re.IGNORECASE | re.DOTALL
+    )
+    row, quoted = None, False  # quoted: the row's caption has opened a quote and not closed it
+    for line, content in enumerate(text.split("\n")[1:], 2):
+        match = start.match(content)
+        if match and not (quoted and not match[2]):
+            if quoted and _QUOTED.fullmatch("\n".join([*row[2], content])):
+                raise SourceError(
+                    f"{path}, line {line}: a row, or the end of the caption before it? {content[:200]!r}"
+                )
+            if row:
+                yield _finish_competition_row(path, *row)
+            _, name, label_text, bare_label_text, caption = match.groups()
+            row = (line, [name, label_text or bare_label_text or ""][: width - 1], [caption])
+            quoted = caption.startswith('"') and caption.count('"') % 2 == 1
+        elif quoted:
+            row[2].append(content)
+            quoted = content.count('"') % 2 == 0
+        elif content.strip():
             raise SourceError(
-                f"{path}, line {line}: neither a row (picture,...) nor inside a quoted caption: {content[:200]!r}"
+                f"{path}, line {line}: neither a row (picture.jpg,...) nor inside a quoted caption: {content[:200]!r}"
             )
+    if row:
+        yield _finish_competition_row(path, *row)
 
 
-_QUOTED = re.compile(r'"(?:[^"]|"")*"\s*')
-
-
-def _finish_competition_row(path: Path, line: int, fields: list[str], caption: str) -> tuple[int, list[str]]:
+def _finish_competition_row(path: Path, line: int, fields: list[str], lines: list[str]) -> tuple[int, list[str]]:
+    caption = "\n".join(lines).rstrip("\r\n")
     if _QUOTED.fullmatch(caption):
         caption = caption.rstrip()[1:-1].replace('""', '"')
-    elif "\n" in caption.rstrip("\n"):
+    elif "\n" in caption:
         raise SourceError(f"{path}, line {line}: the caption's quote is never closed: {caption[:200]!r}")
-    return line, [*fields, caption.rstrip("\n")]
+    return line, [*fields, caption]
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
@@ -191,20 +232,29 @@ def _read_folder(path: Path) -> dict[str, Dataset]:
 def _prefixed(table: Dataset, folder: str) -> Dataset:
     if "file_name" not in table.column_names:
         raise SourceError(f"{folder}/metadata: expected a column file_name, got {table.column_names}")
-    names = [f"{folder}/{name}" if name else name for name in table["file_name"]]
-    return table.remove_columns("file_name").add_column("file_name", names)
+    columns = {
+        name: [value and str(Path(folder) / value) for value in table[name][:]] for name in ("file_name", "where")
+    }
+    return with_columns(table.remove_columns(list(columns)), columns)
 
 
 def _as_splits(data: Dataset | DatasetDict, source: str) -> dict[str, Dataset]:
     if isinstance(data, Dataset):
-        return {"train": data}
-    splits = {SPLIT_NAMES[name]: split for name, split in data.items() if name in SPLIT_NAMES}
-    if not splits:
-        raise SourceError(f"{source!r} has the splits {list(data)}; expected some of {sorted(set(SPLIT_NAMES))}")
-    return splits
+        data = {"train": data}
+    names = [SPLIT_NAMES[name] for name in data if name in SPLIT_NAMES]
+    if not names or len(set(names)) < len(names):
+        raise SourceError(
+            f"{source!r} has the splits {list(data)}; expected some of {', '.join(SPLIT_NAMES)}, each once"
+        )
+    return {SPLIT_NAMES[name]: _with_where(data[name], f"{source}/{name}") for name in data if name in SPLIT_NAMES}
 
 
 def _with_where(data: Dataset, name: str) -> Dataset:
     if "where" in data.column_names:
-        return data
-    return data.add_column("where", [f"{name}:{row}" for row in range(1, len(data) + 1)])
+        data = data.remove_columns("where")
+    return with_columns(data, {"where": [f"{name}:{row}" for row in range(1, len(data) + 1)]})
+
+
+def with_columns(data: Dataset, columns: Mapping[str, Any]) -> Dataset:
+    """`data` with more columns. `Dataset.add_column` would pickle every value for a fingerprint, which takes minutes."""
+    return concatenate_datasets([data, Dataset.from_dict(columns)], axis=1)
