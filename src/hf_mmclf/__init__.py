@@ -13,6 +13,7 @@ from .modeling_mmclf import MMClfForImageTextClassification
 _LAZY = {
     "PRESETS": "presets",
     "DataArguments": "data",
+    "FinishedModel": "finished",
     "ModelArguments": "arguments",
     "AugmentationArguments": "arguments",
     "MMClfTrainer": "training",

@@ -150,6 +150,7 @@ def train(
     if config.has_text:
         with args.main_process_first(desc="tokenizer"):  # trained once, so that all processes have the same
             tokenizer, tokenizer_source = _tokenizer(model_args, config, train_rows, Path(args.output_dir), resume)
+        tokenizer.model_max_length = _max_tokens(config, model_args.max_tokens)  # saved with it
     config.id2label = dict(enumerate(prepared.labels.names))
     config.label2id = {name: i for i, name in config.id2label.items()}
     config.label_ids = list(prepared.labels.ids)
@@ -167,7 +168,7 @@ def train(
     if config.has_image:
         processor = build_image_processor(config, model_args.image_size)
         size = processor.size["longest_edge"]
-    collator = Collator(tokenizer, _max_tokens(config, model_args.max_tokens), size)
+    collator = Collator(tokenizer, getattr(tokenizer, "model_max_length", 0), size)
     evaluation = RowTransform(prepared.folder, processor and EvaluationImageTransform(processor))
     training = RowTransform(prepared.folder, *_augmentations(augmentation, processor))
     trainer = MMClfTrainer(
@@ -253,7 +254,7 @@ def _tokenizer(
 
 
 def _max_tokens(config: MMClfConfig, wanted: int) -> int:
-    return min(wanted, getattr(config.text_config, "max_position_embeddings", wanted)) if config.has_text else wanted
+    return min(wanted, getattr(config.text_config, "max_position_embeddings", wanted))
 
 
 def _settle_missing(config: MMClfConfig, prepared: PreparedData, say: Any) -> None:

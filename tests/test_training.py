@@ -1,0 +1,280 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, TrainerCallback
+
+from hf_mmclf import DataArguments, FinishedModel, MMClfForImageTextClassification, parse_arguments, train, training
+from hf_mmclf.metrics import best_threshold
+from hf_mmclf.presets import config_from_preset
+
+ROOT = Path(__file__).parents[1]
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 230)}
+TINY = ["--image_size", "32", "--vocab_size", "80", "--dataloader_num_workers", "0"]
+TINY += ["--dataloader_persistent_workers", "false", "--disable_tqdm", "true"]
+
+
+def write_table(folder: Path, rows: int = 60, captions: bool = True, pictures: bool = True) -> Path:
+    """Pictures of one colour, captions that name an animal: half of the labels are seen, half are read."""
+    rng = np.random.default_rng(0)
+    (folder / "pictures").mkdir(parents=True)
+    table = folder / "table.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "words", "tags"])
+        for row in range(rows):
+            colour, animal = rng.choice(list(COLOURS)), rng.choice(["cat", "dog"])
+            Image.new("RGB", (40, 30), COLOURS[colour]).save(folder / "pictures" / f"{row}.png")
+            caption = f"a small {animal} sits there" if captions or row % 3 else ""
+            writer.writerow([f"{row}.png" if pictures or row % 4 else "", caption, f"{colour}|{animal}"])
+    return table
+
+
+def table_flags(table: Path) -> list[str]:
+    flags = ["--data", str(table), "--image_dir", str(table.parent / "pictures"), "--preset", "demo"]
+    return [*flags, "--image_column", "file", "--text_column", "words", "--label_column", "tags", *TINY]
+
+
+def run(table: Path, output: Path, *flags: str) -> Path:
+    return train(*parse_arguments([*table_flags(table), "--output_dir", str(output), *flags]))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    return write_table(tmp_path_factory.mktemp("table"))
+
+
+@pytest.fixture(scope="module")
+def finished(table, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "model"
+    flags = [
+        "--num_train_epochs",
+        "6",
+        "--label_thresholds",
+        "--save_predictions",
+        "--per_device_train_batch_size",
+        "8",
+    ]
+    return run(table, output, *flags)
+
+
+def evaluate(folder: Path, table: Path, split: str) -> dict:
+    finished = FinishedModel.load(folder)
+    args = DataArguments(
+        str(table),
+        image_dir=str(table.parent / "pictures"),
+        image_column="file",
+        text_column="words",
+        label_column="tags",
+    )
+    prepared = finished.prepare(args)
+    return finished.evaluate(finished.choose_split(prepared, split)[1], prepared.folder)
+
+
+def test_output_folder_is_whole_and_holds_no_pickle(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json"} <= names
+    assert {
+        "metrics.json",
+        "training.json",
+        "splits.csv",
+        "predictions-validation.csv",
+        "predictions-test.csv",
+    } <= names
+    assert "checkpoints" not in names and not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+
+
+def test_metrics_are_those_of_the_reloaded_folder(finished, table):
+    recorded = json.loads((finished / "metrics.json").read_text())
+    for split in ("validation", "test"):
+        again = evaluate(finished, table, split)
+        assert again["rows"] == recorded[split]["rows"] > 0
+        for at in ("at_0.5", "fitted"):
+            assert again[at] == pytest.approx(recorded[split][at], abs=1e-9)
+
+
+def test_it_learns_and_automodel_loads_it_with_labels_and_thresholds(finished):
+    model = AutoModel.from_pretrained(finished)
+    recorded = json.loads((finished / "metrics.json").read_text())
+    assert isinstance(model, MMClfForImageTextClassification)
+    assert list(model.config.id2label.values()) == ["blue", "cat", "dog", "green", "red"]
+    assert model.config.threshold == recorded["threshold"]
+    assert set(model.config.label_thresholds) == {"blue", "cat", "dog", "green", "red"}
+    assert recorded["validation"]["fitted"]["f1"] > 0.8
+
+
+def test_test_labels_choose_nothing(finished, table, monkeypatch):
+    """The threshold is the best of the validation scores; the function that fits it sees no others."""
+    model = FinishedModel.load(finished)
+    flags = parse_arguments(table_flags(table))[1]
+    prepared = model.prepare(flags)
+    rows = model.choose_split(prepared, "validation")[1]
+    expected = best_threshold(model.scores(rows, prepared.folder), np.array(rows["labels"]))
+    assert model.model.config.threshold == pytest.approx(expected, abs=1e-6)
+
+
+def test_training_json_says_what_everything_started_from(finished):
+    text = (finished / "training.json").read_text()
+    said = json.loads(text)
+    assert said["image_backbone"] == said["text_backbone"] == "scratch"
+    assert "trained on" in said["tokenizer"] and "stratification" in said["splits"] and "seed 0" in said["splits"]
+    assert str(finished.parent) not in text
+
+
+def test_learning_rates_by_part_and_no_decay_on_vectors():
+    model = MMClfForImageTextClassification(config_from_preset("demo", unfrozen_image_stages=1, num_labels=3))
+    args = parse_arguments(["--learning_rate", "1e-3", "--backbone_learning_rate", "1e-4", "--weight_decay", "0.1"])[3]
+    settings = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in training.parameter_groups(model, args)
+        for parameter in group["params"]
+    }
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(settings) == {id(parameter) for parameter in trained.values()}
+    assert len(trained) < len(list(model.parameters()))
+    for name, parameter in trained.items():
+        in_backbone = name.startswith(("image_model", "text_model"))
+        assert settings[id(parameter)] == (1e-4 if in_backbone else 1e-3, 0.1 if parameter.ndim > 1 else 0.0), name
+
+
+def test_a_used_output_folder_is_refused_and_a_default_one_is_new(table, tmp_path, monkeypatch):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty.*--resume_from_checkpoint"):
+        run(table, tmp_path / "used")
+    monkeypatch.chdir(tmp_path)
+    Path("outputs/demo").mkdir(parents=True)
+    arguments = parse_arguments([])
+    assert training._claim_output(arguments[0], arguments[3])[0] == Path("outputs/demo-2")
+
+
+def test_nothing_to_resume_is_an_error(table, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        run(table, tmp_path / "new", "--resume_from_checkpoint", "true")
+
+
+def test_failure_while_writing_leaves_no_folder_that_loads(table, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(training, "write_predictions", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run(table, tmp_path / "model", "--max_steps", "1", "--save_predictions")
+    assert not (tmp_path / "model" / "config.json").exists()
+    with pytest.raises(FileNotFoundError, match="has not finished"):
+        FinishedModel.load(tmp_path / "model")
+
+
+def test_rows_without_a_picture_or_caption_get_learned_stand_ins(tmp_path, capsys):
+    table = write_table(tmp_path / "table", captions=False, pictures=False)
+    rows = [
+        row for row in csv.reader(table.open()) if row[0] or row[1]
+    ]  # rows without both are an error, not this test
+    csv.writer(table.open("w", newline="")).writerows(rows)
+    folder = run(table, tmp_path / "model", "--max_steps", "2")
+    model = AutoModel.from_pretrained(folder)
+    assert model.config.learned_missing
+    assert "without a picture" in capsys.readouterr().out
+    assert model.missing_text.vector.abs().sum() > 0
+
+
+@pytest.mark.parametrize("projection_norm, batches", [(True, 2), (False, 3)])
+def test_training_leaves_out_a_last_row_alone_where_batchnorm_could_not_use_it(projection_norm, batches, tmp_path):
+    config = config_from_preset("demo", projection_norm=projection_norm, num_labels=2)
+    args = parse_arguments(["--output_dir", str(tmp_path), "--per_device_train_batch_size", "4", *TINY])[3]
+    args.per_device_eval_batch_size = 4
+    rows = [{"labels": [0.0, 1.0]}] * 9
+    trainer = training.MMClfTrainer(
+        MMClfForImageTextClassification(config), args, train_dataset=rows, eval_dataset=rows, data_collator=list
+    )
+    assert len(trainer.get_train_dataloader()) == batches
+    assert len(trainer.get_eval_dataloader()) == 3
+
+
+def test_early_stopping_stops(table, tmp_path):
+    folder = run(
+        table, tmp_path / "m", "--early_stopping_patience", "1", "--num_train_epochs", "9", "--learning_rate", "0"
+    )
+    assert json.loads((folder / "training.json").read_text())["epochs"] < 9
+
+
+def test_backbones_start_from_local_weights_and_say_so(table, tmp_path, capsys):
+    config = config_from_preset("demo")
+    weights = MMClfForImageTextClassification(config).image_model.state_dict()
+    torch.save(weights, tmp_path / "backbone.pth")
+    arguments = parse_arguments([*table_flags(table), "--output_dir", str(tmp_path / "m"), "--max_steps", "1"])
+    arguments[0].from_scratch, arguments[0].image_weights = False, str(tmp_path / "backbone.pth")
+    arguments[0].text_backbone, arguments[0].unfrozen_image_stages = "none", 0
+    folder = train(*arguments)
+    assert "image backbone: pretrained, backbone.pth" in capsys.readouterr().out
+    loaded = AutoModel.from_pretrained(folder).image_model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())  # frozen: as they came
+
+
+def test_text_only_needs_no_picture_files(table, tmp_path):
+    flags = ["--preset", "demo-text", "--image_dir", str(tmp_path), "--max_steps", "1"]
+    assert AutoModel.from_pretrained(run(table, tmp_path / "m", *flags)).config.has_image is False
+
+
+def launch(*flags: str, processes: int | None = None) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "examples" / "train.py")]
+    if processes:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        command = [*launcher, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", command[1]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *flags], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_report_what_one_does(tmp_path):
+    table = write_table(tmp_path / "table", rows=75)  # neither split divides by two processes
+    process = launch(*table_flags(table), "--output_dir", str(tmp_path / "m"), "--num_train_epochs", "2", processes=2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert output.count("Output folder:") == 1
+    recorded = json.loads((tmp_path / "m" / "metrics.json").read_text())
+    for split in ("validation", "test"):
+        alone = evaluate(tmp_path / "m", table, split)
+        assert alone["rows"] == recorded[split]["rows"]
+        assert alone["fitted"] == pytest.approx(recorded[split]["fitted"], abs=1e-9)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_stopped(table, tmp_path):
+    output = tmp_path / "m"
+    flags = [*table_flags(table), "--output_dir", str(output), "--save_strategy", "steps", "--eval_strategy", "steps"]
+    flags += ["--save_steps", "4", "--eval_steps", "4", "--max_steps", "40", "--logging_steps", "1"]
+    process = launch(*flags)
+    deadline = time.monotonic() + 240
+    while not list((output / "checkpoints").glob("checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        FinishedModel.load(output)
+
+    class Steps(TrainerCallback):
+        first = None
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            Steps.first = Steps.first or state.global_step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "EarlyStoppingCallback", lambda *_: Steps())
+        train(*parse_arguments([*flags, "--resume_from_checkpoint", "true"]))
+    assert Steps.first >= 4
+    history = json.loads((output / "training.json").read_text())["history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 41))
+    assert (output / "config.json").exists()
