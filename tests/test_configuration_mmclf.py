@@ -1,0 +1,91 @@
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, BertConfig
+
+from hf_mmclf import MMClfConfig
+
+LABELS = {i: f"label {i}" for i in range(12)}
+BERT = dict(model_type="bert", hidden_size=24, num_hidden_layers=3)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        dict(
+            image_backbone="resnet18", image_backbone_args={"layers": [1, 1], "nested": {"a": 0.5}}, image_weights="w"
+        ),
+        dict(text_backbone="some/bert", text_weights="scratch", text_pooling="mean"),
+        dict(fusion="cross_image", fusion_norm=True, image_tokens="spatial", learned_missing=True),
+        dict(width=7, projection_norm=True, dropout=0.25, unfrozen_image_stages=0, unfrozen_text_layers=3),
+        dict(dropout=0, threshold=1),
+        dict(id2label=LABELS, label_thresholds={"label 3": 0.3, "label 11": 1, "label 0": 0}),
+        dict(num_labels=2, label_ids=["12", "7"], threshold=0.635),
+    ],
+)
+def test_round_trip(fields, tmp_path):
+    MMClfConfig(**fields).save_pretrained(tmp_path)
+    for config in (MMClfConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(config) is MMClfConfig
+        assert {name: getattr(config, name) for name in fields} == fields
+        assert config.problem_type == "multi_label_classification"
+
+
+@pytest.mark.parametrize(
+    ("text_config", "kind", "hidden"),
+    [
+        (None, type(None), None),
+        (BERT, BertConfig, 24),
+        (BertConfig(hidden_size=36, num_attention_heads=4), BertConfig, 36),
+        (dict(model_type="distilbert", dim=20, n_heads=2), AutoConfig.for_model("distilbert").__class__, 20),
+    ],
+    ids=["none", "dict", "config", "other-type"],
+)
+def test_text_config_round_trip(text_config, kind, hidden, tmp_path):
+    made = MMClfConfig(image_backbone="resnet18", text_config=text_config)
+    made.save_pretrained(tmp_path)
+    for config in (made, MMClfConfig.from_pretrained(tmp_path)):
+        assert type(config.text_config) is kind
+        assert config.has_text is (hidden is not None)
+        assert getattr(config.text_config, "hidden_size", None) == hidden
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(threshold=1.5), r"threshold of 'threshold' is 1\.5"),
+        (dict(threshold=float("nan")), "threshold of 'threshold' is nan"),
+        (dict(threshold="0.5"), "threshold"),
+        (dict(id2label=LABELS, label_thresholds={"label 1": -0.1}), r"threshold of 'label 1' is -0\.1"),
+        (dict(id2label=LABELS, label_thresholds={"lable 1": 0.1}), r"unknown labels \['lable 1'\]"),
+        (dict(id2label={0: "a", 1: "a"}), "two labels one name"),
+        (dict(id2label={1: "a", 3: "b"}), r"keys \[1, 3\]; expected 0 to 1"),
+        (dict(num_labels=3, label_ids=["1"]), "label_ids has 1 entries; expected 3"),
+        (dict(unfrozen_image_stages=-1), "unfrozen_image_stages is -1"),
+        (dict(unfrozen_text_layers=-1), "unfrozen_text_layers is -1"),
+        (dict(width=0), "width is 0"),
+        (dict(dropout=1), "dropout is 1"),
+        (dict(dropout=-0.1), r"dropout is -0\.1"),
+        (dict(fusion="add"), "fusion"),
+        (dict(image_tokens="all"), "image_tokens"),
+        (dict(text_pooling="max"), "text_pooling"),
+        (dict(image_backbone_args=["layers"]), "image_backbone_args"),
+    ],
+)
+def test_validation(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        MMClfConfig(**fields)
+
+
+@pytest.mark.parametrize("id2label", [LABELS, dict(reversed(LABELS.items())), {str(i): n for i, n in LABELS.items()}])
+def test_thresholds_follow_the_logits(id2label, tmp_path):
+    made = MMClfConfig(id2label=id2label, threshold=1, label_thresholds={"label 11": 0.25, "label 2": 0})
+    expected = [1.0, 1.0, 0.0] + 8 * [1.0] + [0.25]
+    made.save_pretrained(tmp_path)
+    for config in (made, MMClfConfig.from_pretrained(tmp_path)):
+        assert config.thresholds == expected
+        assert all(type(value) is float for value in config.thresholds)
+
+
+def test_auto_config_knows_it():
+    assert type(AutoConfig.for_model("mmclf", width=3)) is MMClfConfig

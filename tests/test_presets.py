@@ -1,0 +1,174 @@
+import io
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from hf_mmclf import PRESETS, MMClfForImageTextClassification, config_from_preset
+from hf_mmclf.presets import get_preset
+
+
+class Row(NamedTuple):
+    """A row of the poster's table; `trained` is None for all, else the trained parts of the backbones."""
+
+    parameters: int
+    megabytes: float
+    threshold: float
+    width: int | None
+    trained: tuple[str, ...] | None
+
+
+LAST = ("image_model.features.transition3", "image_model.features.denseblock4", "image_model.features.norm5")
+LAST_TWO = (*LAST, "image_model.features.transition2", "image_model.features.denseblock3")
+WARM = (*LAST, "text_model.encoder.layer.3")
+WARMER = (*LAST_TWO, "text_model.encoder.layer.3", "text_model.encoder.layer.2")
+
+POSTER = {
+    "resnet18": Row(11_185_746, 42.74, 0.5, None, None),
+    "resnet34": Row(21_293_906, 81.36, 0.5, None, None),
+    "densenet201": Row(18_127_506, 70.45, 0.5, None, None),
+    "resnet50": Row(23_544_914, 90.12, 0.5, None, None),
+    "tinybert": Row(14_355_882, 54.79, 0.5, None, None),
+    "bert-tiny": Row(4_388_242, 16.76, 0.635, None, None),
+    "densitybert": Row(25_351_722, 97.71, 0.35, 512, ()),
+    "modensitybert": Row(25_355_730, 97.72, 0.38, 512, ()),
+    "cdbert-text": Row(24_329_666, 93.81, 0.29, 512, ()),
+    "cdbert-image": Row(23_600_578, 91.02, 0.461, 512, ()),
+    "warmdbert": Row(25_355_730, 97.72, 0.38, 512, WARM),
+    "warmerdbert": Row(25_355_730, 97.72, 0.39, 512, WARMER),
+    "warmerdbert-extended": Row(25_355_730, 97.72, 0.42, 512, WARMER),
+    "wwdbert": Row(25_886_930, 99.77, 0.40, 896, WARMER),
+    "bensity": Row(26_152_082, 100.83, 0.33, 512, ()),
+    "censity-text": Row(23_546_642, 90.89, 0.33, 512, ()),
+    "censity-image": Row(20_990_738, 81.14, 0.38, 512, ()),
+    "rest": Row(26_395_986, 100.92, 0.38, 512, ()),
+}
+
+
+def inputs(config):
+    batch = {}
+    if config.has_image:
+        batch["pixel_values"] = torch.randn(2, 3, 64, 64)
+    if config.has_text:
+        batch["input_ids"] = torch.randint(5, 1000, (2, 6))
+    return batch
+
+
+def trained_names(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def expected_names(model, parts):
+    """Names of the parameters in the given parts of the backbones, and of all that is no backbone."""
+    names = {name for name, _ in model.named_parameters()}
+    backbones = {name for name in names if name.startswith(("image_model.", "text_model."))}
+    for part in parts:
+        assert any(name.startswith(f"{part}.") for name in names), f"no {part}"
+    return names - backbones | {name for name in backbones if name.startswith(tuple(f"{part}." for part in parts))}
+
+
+@pytest.fixture(scope="module", params=POSTER)
+def system(request):
+    torch.manual_seed(0)
+    config = config_from_preset(request.param, num_labels=18)
+    return MMClfForImageTextClassification(config), POSTER[request.param]
+
+
+def test_table_is_the_posters_and_the_demos():
+    assert [name for name, preset in PRESETS.items() if preset.poster] == list(POSTER)
+    assert [name for name, preset in PRESETS.items() if not preset.poster] == ["demo", "demo-image", "demo-text"]
+
+
+def test_size(system, tmp_path):
+    model, row = system
+    assert sum(parameter.numel() for parameter in model.parameters()) == row.parameters
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    assert file.tell() / 2**20 == pytest.approx(row.megabytes, rel=0.005)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size <= file.tell()
+
+
+def test_choices(system):
+    model, row = system
+    assert model.config.thresholds == 18 * [row.threshold]
+    if row.width:
+        assert model.classifier.in_features == 2 * row.width
+    everything = {name for name, _ in model.named_parameters()}
+    assert trained_names(model) == (everything if row.trained is None else expected_names(model, row.trained))
+
+
+def test_gradients_reach_what_is_trained_and_nothing_else(system):
+    model, _ = system
+    model.train()
+    model.zero_grad()
+    output = model(**inputs(model.config), labels=torch.randint(0, 2, (2, 18)))
+    assert output.logits.shape == (2, 18)
+    output.loss.backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained_names(model)
+
+
+def test_reload(system, tmp_path):
+    model, _ = system
+    model.eval().save_pretrained(tmp_path)
+    copied = AutoModel.from_pretrained(tmp_path)
+    assert type(copied) is MMClfForImageTextClassification
+    assert trained_names(copied) == trained_names(model)
+    batch = inputs(model.config)
+    with torch.no_grad():
+        torch.testing.assert_close(copied(**batch).logits, model(**batch).logits, atol=1e-6, rtol=0)
+
+
+def test_unfrozen_stages_of_resnet():
+    config = config_from_preset("rest", unfrozen_image_stages=1, unfrozen_text_layers=1)
+    model = MMClfForImageTextClassification(config)
+    assert trained_names(model) == expected_names(model, ["image_model.layer4", "text_model.encoder.layer.1"])
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-image", "demo-text"])
+def test_demo(name):
+    config = config_from_preset(name, num_labels=4)
+    model = MMClfForImageTextClassification(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 600_000
+    output = model(**inputs(config), labels=torch.ones(2, 4))
+    assert output.logits.shape == (2, 4)
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("call", [get_preset, config_from_preset])
+def test_unknown_preset(call):
+    with pytest.raises(ValueError, match="'warmerbert'; did you mean warmerdbert or"):
+        call("warmerbert")
+    with pytest.raises(ValueError, match="expected one of resnet18, .*, demo-text"):
+        call("?")
+
+
+def test_unknown_field():
+    with pytest.raises(ValueError, match="no field 'fussion'; did you mean 'fusion'"):
+        config_from_preset("demo", fussion="self")
+    with pytest.raises(ValueError, match="no field 'zzz'$"):
+        config_from_preset("demo", zzz=1)
+
+
+def test_overrides_win():
+    labels = {0: "cat", 1: "dog"}
+    text_config = dict(model_type="distilbert", dim=12, n_layers=1, n_heads=2)
+    config = config_from_preset("warmerdbert", fusion="concat", id2label=labels, threshold=1, text_config=text_config)
+    assert (config.fusion, config.id2label, config.threshold) == ("concat", labels, 1)
+    assert config.text_config.model_type == "distilbert"
+    assert (config.image_backbone, config.unfrozen_image_stages) == ("densenet121.tv_in1k", 2)  # the rest stays
+    assert config_from_preset("demo", num_labels=5).num_labels == 5
+
+
+def test_changing_a_config_leaves_the_table_alone():
+    before = {name: config_from_preset(name).to_dict() for name in PRESETS}
+    for name in PRESETS:
+        config = config_from_preset(name)
+        config.threshold = 0.9
+        if config.has_text:
+            config.text_config.hidden_size = 1
+        if config.image_backbone_args:
+            config.image_backbone_args["growth_rate"] = 1
+    assert {name: config_from_preset(name).to_dict() for name in PRESETS} == before
