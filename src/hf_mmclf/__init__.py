@@ -31,7 +31,7 @@ __all__ = ["MMClfConfig", "MMClfForImageTextClassification", "MMClfImageProcesso
 
 AutoConfig.register(MMClfConfig.model_type, MMClfConfig)
 AutoModel.register(MMClfConfig, MMClfForImageTextClassification)
-AutoImageProcessor.register(MMClfConfig, MMClfImageProcessor)
+AutoImageProcessor.register(MMClfConfig, image_processor_classes={"torchvision": MMClfImageProcessor})
 
 
 def __getattr__(name: str) -> Any:

@@ -15,24 +15,30 @@ from .image_processing_mmclf import to_rgb
 
 def is_absent(image: Any) -> bool:
     """Whether a cell of the column `image` holds no picture."""
-    return image is None or (isinstance(image, Mapping) and not image.get("bytes") and not image.get("path"))
+    return image is None or (isinstance(image, Mapping) and image.get("bytes") is None and not image.get("path"))
 
 
 def open_image(image: str | Mapping[str, Any], folder: Path, where: str) -> PILImage.Image:
     """An upright RGB picture from a name relative to `folder` or from bytes; `ValueError` naming the row if bad."""
-    name = image if isinstance(image, str) else image.get("path")
-    source = (
-        BytesIO(image["bytes"]) if isinstance(image, Mapping) and image.get("bytes") is not None else folder / name
-    )
+    name, data = (image, None) if isinstance(image, str) else (image.get("path"), image.get("bytes"))
+    try:
+        return _decode(folder / name if data is None else BytesIO(data))
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: cannot read the picture {name or 'in the table'}: {error}. --bad_images skip leaves such rows "
+            "out, --bad_images missing keeps them without a picture"
+        ) from error
+
+
+def _decode(source: Path | BytesIO) -> PILImage.Image:
     try:
         with PILImage.open(source) as opened:
             return to_rgb(opened)
+    except PILImage.UnidentifiedImageError:  # its message may hold no more than an address in memory
+        size = source.stat().st_size if isinstance(source, Path) else len(source.getvalue())
+        raise ValueError("not a picture of a known kind" if size else "the file is empty") from None
     except Exception as error:  # Pillow's decoders raise nearly everything
-        reason = "the file is empty" if not isinstance(source, BytesIO) and source.stat().st_size == 0 else error
-        raise ValueError(
-            f"{where}: cannot read the picture {name or 'in the table'}: {reason}. --bad_images skip leaves such rows "
-            "out, --bad_images missing keeps them without a picture"
-        ) from error
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 class RowTransform:

@@ -2,20 +2,24 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import hashlib
+import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Image
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Image, concatenate_datasets
 from iterstrat.ml_stratifiers import IterativeStratification
 from tqdm.auto import tqdm
 
 from .batches import is_absent, open_image
 from .demo import demo_dataset
-from .labels import LabelSet, parse_labels
-from .sources import read_source
+from .labels import LabelSet, find_delimiter, parse_labels
+from .sources import read_source, with_columns, with_strings
 
 IMAGE_COLUMNS = ("image", "ImageID", "file_name", "image_path", "path", "filename")
 TEXT_COLUMNS = ("text", "Caption", "caption", "sentence")
@@ -95,24 +99,36 @@ def prepare_data(
     Raises:
         `ValueError`, `FileNotFoundError`: naming file, row and column.
     """
-    sources = sources or _read_sources(args)
     folder = Path(args.image_dir or ".")
     if args.data and not args.image_dir:
-        folder = Path(args.data) if Path(args.data).is_dir() else Path(args.data).parent
+        folder = _folder_of(args.data)
+    sources = sources or _read_sources(args, folder)
+    if labels is None and "train" not in sources:
+        raise ValueError(f"no training rows; the source has only {', '.join(sources)}")
     trained = labels
-    splits, parsed = {}, {}
-    for name, source in sources.items():
-        splits[name], parsed[name] = _standardize(source, args, name, with_labels)
-        if parsed[name] is not None and labels is None and name == "train":
-            labels = LabelSet.from_rows(parsed[name], args.label_names_file)
+    columns = _label_columns(sources, args) if with_labels else {}
+    delimiter = args.label_delimiter or find_delimiter(  # of all splits: one that happens to lack it is cut alike
+        value for name, found in columns.items() if len(found) == 1 for value in sources[name][found[0]][:]
+    )
+    parsed = {}
+    for name, found in columns.items():
+        multiple = {"columns": found} if args.label_columns else {"column": found[0]}
+        parsed[name] = parse_labels(sources[name], **multiple, delimiter=delimiter)
     if labels is None:
-        raise ValueError(f"no label column in the training rows; expected {' or '.join(LABEL_COLUMNS)}, or a flag")
+        for name in ("train", "validation"):
+            if name in sources and name not in parsed:
+                raise ValueError(
+                    f"no label column in the {name} rows among {', '.join(sources[name].column_names)}; expected "
+                    f"{' or '.join(LABEL_COLUMNS)}, or name it by --label_column or --label_columns"
+                )
+        named = args.label_columns or ()  # a column of zeros only is a label too
+        labels = LabelSet.from_rows([*parsed["train"], named], args.label_names_file)
 
-    bad_images = []
-    for name, split in splits.items():
-        if parsed[name] is not None:
-            encoded = labels.encode(parsed[name], split["where"])
-            split = split.add_column("labels", list(encoded))
+    splits, bad_images = {}, []
+    for name, source in sources.items():
+        split = _standardize(source, args, name)
+        if name in parsed:
+            split = with_columns(split, {"labels": labels.encode(parsed[name], split["where"])})
         if uses_image:
             _check_paths(split, folder)
             if args.bad_images != "error":
@@ -126,22 +142,62 @@ def prepare_data(
     return PreparedData(DatasetDict(splits), labels, folder, how, bad_images)
 
 
-def _read_sources(args: DataArguments) -> dict[str, Dataset]:
+def _folder_of(source: str) -> Path:
+    return Path(source) if Path(source).is_dir() else Path(source).parent
+
+
+def _read_sources(args: DataArguments, folder: Path) -> dict[str, Dataset]:
+    given = {"validation": args.validation_data, "test": args.test_data}
     if args.data is None:
+        for name in ("validation", "test"):
+            if given[name] is not None:
+                raise ValueError(f"--{name}_data needs --data; the embedded data set has its own {name} rows")
+        sources = {name: split.cast_column("image", Image(decode=False)) for name, split in demo_dataset().items()}
         return {
-            name: split.cast_column("image", Image(decode=False)).add_column(
-                "where", [f"demo/{name}:{row}" for row in range(1, len(split) + 1)]
-            )
-            for name, split in demo_dataset().items()
+            name: with_columns(split, {"where": [f"demo/{name}:{row}" for row in range(1, len(split) + 1)]})
+            for name, split in sources.items()
         }
     sources = dict(read_source(args.data))
-    for name, place in (("validation", args.validation_data), ("test", args.test_data)):
+    for name, place in given.items():
         if place is None:
             continue
         if name in sources:
             raise ValueError(f"--{name}_data is given, but {args.data!r} has a split {name!r} already; leave one out")
-        (sources[name],) = dict(read_source(place)).values()
+        found = read_source(place)
+        if name not in found and len(found) > 1:
+            raise ValueError(f"--{name}_data: {place!r} has the splits {', '.join(found)}; give one of them")
+        sources[name] = found[name] if name in found else next(iter(found.values()))
+        column = _find_column(sources[name], args.image_column, IMAGE_COLUMNS, "image_column")
+        if args.image_dir is None and _folder_of(place) != folder and column:
+            sources[name] = _relative_to(sources[name], column, _folder_of(place), folder)
     return sources
+
+
+def _relative_to(data: Dataset, column: str, own: Path, folder: Path) -> Dataset:
+    """Picture names relative to `folder` instead of to the table's `own`."""
+    if isinstance(data.features[column], Image):
+        return data
+    names = [value and os.path.relpath(own / str(value), folder) for value in data[column][:]]
+    return with_strings(data, {column: names})
+
+
+def _label_columns(sources: dict[str, Dataset], args: DataArguments) -> dict[str, list[str]]:
+    """The label columns of each split that has any; those given by a flag must be in at least one of the splits."""
+    columns = {}
+    given, flag = args.label_columns, "label_columns"
+    if not given and args.label_column is not None:
+        given, flag = [args.label_column], "label_column"
+    everywhere = {name for source in sources.values() for name in source.column_names}
+    for name, source in sources.items():
+        if not given:
+            found = [_find_column(source, None, LABEL_COLUMNS, flag)]
+        elif everywhere.intersection(given) and not set(given) & set(source.column_names):
+            found = [None]  # unlabelled, next to a split that has them
+        else:
+            found = [_find_column(source, column, (), flag) for column in given]
+        if found[0] is not None:
+            columns[name] = found
+    return columns
 
 
 def _find_column(data: Dataset, given: str | None, defaults: Sequence[str], flag: str) -> str | None:
@@ -154,10 +210,8 @@ def _find_column(data: Dataset, given: str | None, defaults: Sequence[str], flag
     return given
 
 
-def _standardize(
-    data: Dataset, args: DataArguments, split: str, with_labels: bool
-) -> tuple[Dataset, list[list[str]] | None]:
-    """The columns `image`, `text`, `where`, and the labels of each row (`None` for an unlabelled table)."""
+def _standardize(data: Dataset, args: DataArguments, split: str) -> Dataset:
+    """The columns `image`, `text` and `where`."""
     image = _find_column(data, args.image_column, IMAGE_COLUMNS, "image_column")
     text = _find_column(data, args.text_column, TEXT_COLUMNS, "text_column")
     if image is None and text is None:
@@ -165,43 +219,43 @@ def _standardize(
             f"{split}: neither a picture nor a caption column among {data.column_names}; name them by "
             "--image_column and --text_column"
         )
-    labels = None
-    if not with_labels:
-        pass
-    elif args.label_columns:
-        for column in args.label_columns:
-            _find_column(data, column, (), "label_columns")
-        labels = parse_labels(data, columns=args.label_columns)
-    elif column := _find_column(data, args.label_column, LABEL_COLUMNS, "label_column"):
-        labels = parse_labels(data, column, delimiter=args.label_delimiter)
-
     texts = data[text][:] if text else [None] * len(data)
-    where = data["where"][:]
     for row, value in enumerate(texts):
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{where[row]}: the caption is {value!r}; expected text")
-    columns = {"text": [value if value and value.strip() else None for value in texts], "where": where}
-    if image is None:
-        return Dataset.from_dict({"image": [None] * len(data), **columns}), labels
-    if isinstance(data.features[image], Image):  # keeps the bytes where they are; decoding is ours
-        table = data.cast_column(image, Image(decode=False)).select_columns([image])
-        table = table.rename_column(image, "image") if image != "image" else table
-        for name, values in columns.items():
-            table = table.add_column(name, values)
-        return table, labels
-    names = [None if value in (None, "") else str(value) for value in data[image][:]]
-    return Dataset.from_dict({"image": names, **columns}), labels
+            raise ValueError(f"{data['where'][row]}: the caption is {value!r}; expected text")
+    texts = [value if value and value.strip() else None for value in texts]
+    if image is not None and isinstance(data.features[image], Image):  # the bytes stay where they are
+        table = data.select_columns([image, "where"]).cast_column(image, Image(decode=False))
+        return with_columns(table.rename_column(image, "image") if image != "image" else table, {"text": texts})
+    names = data[image][:] if image else [None] * len(data)
+    names = [None if name in (None, "") else str(name) for name in names]
+    return Dataset.from_dict({"image": names, "text": texts, "where": data["where"][:]})
+
+
+def picture_paths(data: Dataset) -> list[str | bool | None]:
+    """Of each row the picture's path, `True` where its bytes are in the table, `None` where there is no picture.
+
+    Looks at no bytes: they may be more than the memory holds.
+    """
+    paths = []
+    for batch in data.select_columns(["image"]).with_format("arrow").iter(1000):
+        cells = batch["image"]
+        if pa.types.is_struct(cells.type):
+            inside = pc.is_valid(pc.struct_field(cells, "bytes")).to_pylist()
+            named = pc.struct_field(cells, "path").to_pylist()
+            paths += [here or path or None for here, path in zip(inside, named, strict=True)]
+        else:
+            paths += cells.to_pylist()
+    return paths
 
 
 def _check_paths(data: Dataset, folder: Path) -> None:
     """All missing files at once, before anything else is done."""
-    missing = []
-    for where, image in zip(data["where"], data["image"], strict=True):
-        path = image if isinstance(image, str) else None
-        if isinstance(image, Mapping) and image.get("bytes") is None:
-            path = image.get("path")
-        if path and not (folder / path).is_file():
-            missing.append(f"{where}: {path}")
+    missing = [
+        f"{where}: {path}"
+        for where, path in zip(data["where"][:], picture_paths(data), strict=True)
+        if isinstance(path, str) and not (folder / path).is_file()
+    ]
     if missing:
         shown = "; ".join(missing[:5]) + ("; ..." if len(missing) > 5 else "")
         raise FileNotFoundError(
@@ -214,8 +268,8 @@ def _check_modalities(data: Dataset, uses_image: bool, uses_text: bool) -> None:
     needed = " or ".join(["picture"] * uses_image + ["caption"] * uses_text)
     absent = [
         where
-        for where, image, text in zip(data["where"], data["image"], data["text"], strict=True)
-        if not (uses_image and not is_absent(image)) and not (uses_text and text is not None)
+        for where, image, text in zip(data["where"][:], picture_paths(data), data["text"][:], strict=True)
+        if not (uses_image and image is not None) and not (uses_text and text is not None)
     ]
     if absent:
         raise ValueError(
@@ -227,10 +281,10 @@ def _without_bad_images(data: Dataset, folder: Path, policy: str) -> tuple[Datas
     """Opens every picture once. Known before training, bad ones can be listed, and no worker needs to count."""
 
     def problem(row: int) -> str | None:
-        image = data[row]["image"]
+        image, where = data[row]["image"], data[row]["where"]
         try:
             if not is_absent(image):
-                open_image(image, folder, data[row]["where"])
+                open_image(image, folder, where)
         except ValueError as error:
             return str(error.__cause__)
         return None
@@ -241,17 +295,20 @@ def _without_bad_images(data: Dataset, folder: Path, policy: str) -> tuple[Datas
     listed = [(data[row]["where"], reason) for row, reason in bad.items()]
     if not bad:
         return data, listed
+    good = [row for row in range(len(data)) if row not in bad]
     if policy == "skip":
-        return data.select([row for row in range(len(data)) if row not in bad]), listed
-    feature = data.features["image"]
-    images = [None if row in bad else image for row, image in enumerate(data["image"])]
-    return data.remove_columns("image").add_column("image", images, feature=feature), listed
+        if not good:
+            raise ValueError(
+                f"no row is left: none of {len(data):,} pictures can be read ({': '.join(listed[0])}; ...)"
+            )
+        return data.select(good), listed
+    absent = {**data.select(list(bad)).to_dict(), "image": [None] * len(bad)}  # no other picture is moved or copied
+    both = concatenate_datasets([data.select(good), Dataset.from_dict(absent, features=data.features)])
+    return both.select(np.argsort([*good, *bad])), listed
 
 
 def _split(splits: dict[str, Dataset], args: DataArguments) -> tuple[dict[str, Dataset], str]:
     """Given splits stay; validation rows, and test rows when nothing was given, come out of the training rows."""
-    if "train" not in splits:
-        raise ValueError(f"no training rows; the source has only {', '.join(splits)}")
     fractions = {}
     if "validation" not in splits:
         fractions["validation"] = args.validation_fraction
@@ -259,19 +316,33 @@ def _split(splits: dict[str, Dataset], args: DataArguments) -> tuple[dict[str, D
             fractions["test"] = args.test_fraction
     if not fractions:
         return splits, "given"
+    if args.validation_fraction <= 0:
+        raise ValueError(f"--validation_fraction is {args.validation_fraction}; validation rows choose the threshold")
     train = splits["train"]
+    groups = _picture_groups(train)
     parts = stratified_split(
-        np.asarray(train["labels"], dtype=bool),
+        train.with_format("numpy")["labels"][:].astype(bool),
         [1 - sum(fractions.values()), *fractions.values()],
         args.split_seed,
-        groups=[image if isinstance(image, str) else row for row, image in enumerate(train["image"])],
+        groups=groups,
     )
     for name, rows in zip(["train", *fractions], parts, strict=True):
         if fractions.get(name, 1) > 0:
             if len(rows) == 0:
-                raise ValueError(f"the {name} split is empty: {len(train)} rows are too few for {fractions}")
+                rows = f"{len(train)} rows, {len(set(groups))} without those of one picture,"
+                raise ValueError(f"the {name} split is empty: {rows} are too few for {fractions}")
             splits[name] = train.select(rows)
     return splits, f"{', '.join(fractions)} by iterative stratification of the training rows, seed {args.split_seed}"
+
+
+def _picture_groups(data: Dataset) -> list[Any]:
+    """Of each row what names its picture: its path, a digest of its bytes, or the row where there is none."""
+
+    def digest(row: int) -> bytes:
+        return hashlib.blake2b(data[row]["image"]["bytes"], digest_size=16).digest()
+
+    paths = enumerate(picture_paths(data))
+    return [digest(row) if path is True else row if path is None else path for row, path in paths]
 
 
 def stratified_split(

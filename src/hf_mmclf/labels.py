@@ -39,8 +39,7 @@ def parse_labels(
     if isinstance(inner, ClassLabel):  # -1 is how datasets say that there is no label
         values = [value if isinstance(value, list) else [value] for value in values]
         return [[inner.names[index] for index in value if index not in (None, -1)] for value in values]
-    if delimiter is None:
-        delimiter = find_delimiter(values)
+    delimiter = delimiter or find_delimiter(values)
     rows = []
     for where, value in zip(data["where"][:], values, strict=True):
         parts = value.split(delimiter) if isinstance(value, str) else value if isinstance(value, list) else [value]

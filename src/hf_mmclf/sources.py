@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset, load_from_disk
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 COMPETITION_HEADERS = (["ImageID", "Labels", "Caption"], ["ImageID", "Caption"])
@@ -232,10 +232,10 @@ def _read_folder(path: Path) -> dict[str, Dataset]:
 def _prefixed(table: Dataset, folder: str) -> Dataset:
     if "file_name" not in table.column_names:
         raise SourceError(f"{folder}/metadata: expected a column file_name, got {table.column_names}")
-    columns = {
-        name: [value and str(Path(folder) / value) for value in table[name][:]] for name in ("file_name", "where")
-    }
-    return with_columns(table.remove_columns(list(columns)), columns)
+    names = ("file_name", "where")
+    return with_strings(
+        table, {name: [value and str(Path(folder) / value) for value in table[name][:]] for name in names}
+    )
 
 
 def _as_splits(data: Dataset | DatasetDict, source: str) -> dict[str, Dataset]:
@@ -256,5 +256,11 @@ def _with_where(data: Dataset, name: str) -> Dataset:
 
 
 def with_columns(data: Dataset, columns: Mapping[str, Any]) -> Dataset:
-    """`data` with more columns. `Dataset.add_column` would pickle every value for a fingerprint, which takes minutes."""
+    """`data` with more columns; `Dataset.add_column` would pickle every value for its fingerprint, which is slow."""
     return concatenate_datasets([data, Dataset.from_dict(columns)], axis=1)
+
+
+def with_strings(data: Dataset, columns: Mapping[str, list[str | None]]) -> Dataset:
+    """`data` with text in place of some of its columns."""
+    features = Features({**data.features, **dict.fromkeys(columns, Value("string"))})
+    return Dataset.from_dict({**data.to_dict(), **columns}, features=features)

@@ -30,14 +30,37 @@ def load_tokenizer(
         texts = list(texts)
         if not texts:
             raise ValueError("tokenizer 'train' needs captions, but the training rows have none")
-        tokenizer = BertTokenizer().train_new_from_iterator(texts, vocab_size, show_progress=False)
+        tokenizer = _train(texts, vocab_size)
         return tokenizer, f"word pieces trained on {len(texts):,} training captions ({len(tokenizer):,} tokens)"
     if path.is_file():
-        words = path.read_text(encoding="utf-8").splitlines()
+        words = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # not splitlines: pieces may be odd breaks
+        if len(set(words)) < len(words):
+            twice = next(word for i, word in enumerate(words) if word in words[:i])
+            raise ValueError(f"{source}: the word piece {twice!r} is there twice")
         missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token not in words]
         if missing:
             raise ValueError(f"{source}: no vocabulary of word pieces: {', '.join(missing)} missing")
         tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
         return tokenizer, f"word pieces of {path.name} ({len(tokenizer):,} tokens)"
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        if not path.is_dir():
+            raise
+        raise ValueError(f"{source}: no tokenizer in this folder: {error}") from error
     return tokenizer, f"{path.name if path.is_dir() else source} ({len(tokenizer):,} tokens)"
+
+
+def _train(texts: list[str], vocab_size: int) -> BertTokenizer:
+    """Word pieces of BERT's kind; the same texts give the same ones.
+
+    The trainer numbers the pieces of one continuing character in the order of a hash table, another one in every run,
+    and breaks ties by number. Given to it as special tokens they have fixed numbers; here they are plain pieces again.
+    """
+    blank = BertTokenizer()
+    backend = blank.backend_tokenizer
+    doubled = backend.normalizer.normalize_str(" ".join(2 * character for character in set("".join(texts))))
+    words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(doubled)]
+    continuing = sorted({f"##{character}" for word in words for character in word[1:]})
+    trained = blank.train_new_from_iterator(texts, vocab_size, new_special_tokens=continuing, show_progress=False)
+    return BertTokenizer(vocab=trained.get_vocab())

@@ -18,7 +18,7 @@ from .arguments import AugmentationArguments, MMClfTrainingArguments, ModelArgum
 from .augmentation import ImageAugmentation, TextAugmentation
 from .batches import Collator, EvaluationImageTransform, RowTransform
 from .configuration_mmclf import MMClfConfig
-from .data import DataArguments, PreparedData, prepare_data
+from .data import DataArguments, PreparedData, picture_paths, prepare_data
 from .evaluation import ComputeMetrics, report, report_table, scores_of, write_predictions
 from .image_processing_mmclf import MMClfImageProcessor
 from .metrics import best_threshold, label_thresholds
@@ -246,7 +246,7 @@ def _tokenizer(
     saved, note = folder / "tokenizer", folder / "tokenizer.txt"
     if source == "train" and note.exists():  # by the main process, or by the run that is resumed
         return load_tokenizer(str(saved))[0], note.read_text(encoding="utf-8")
-    tokenizer, description = load_tokenizer(source, filter(None, rows["text"]), args.vocab_size)
+    tokenizer, description = load_tokenizer(source, filter(None, rows["text"][:]), args.vocab_size)
     if source == "train":
         tokenizer.save_pretrained(saved)
         note.write_text(description, encoding="utf-8")
@@ -262,8 +262,8 @@ def _settle_missing(config: MMClfConfig, prepared: PreparedData, say: Any) -> No
     if not (config.has_image and config.has_text):
         return
     for name, split in prepared.splits.items():
-        absent = {"picture": split["image"], "caption": split["text"]}
-        counts = {kind: sum(value is None for value in values) for kind, values in absent.items()}
+        cells = {"picture": picture_paths(split), "caption": split["text"][:]}
+        counts = {kind: sum(cell is None for cell in column) for kind, column in cells.items()}
         if any(counts.values()):
             say(f"  {name}: {counts['picture']:,} rows without a picture, {counts['caption']:,} without a caption")
             if name == "train" and not config.learned_missing:
@@ -325,7 +325,7 @@ def _write(
     dump = partial(json.dumps, indent=2, ensure_ascii=False)
     (stage / "metrics.json").write_text(dump({**thresholds, **reports}), encoding="utf-8")
     (stage / "training.json").write_text(dump(training), encoding="utf-8")
-    lines = [f"{name},{where}\n" for name, split in prepared.splits.items() for where in split["where"]]
+    lines = [f"{name},{where}\n" for name, split in prepared.splits.items() for where in split["where"][:]]
     (stage / "splits.csv").write_text("split,row\n" + "".join(lines), encoding="utf-8")
     if args.save_predictions:
         for name, scores in predictions.items():
