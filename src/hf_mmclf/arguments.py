@@ -7,23 +7,26 @@ preset's recipe, the YAML file (`--config`), the flags.
 import argparse
 import dataclasses
 import difflib
+import json
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import timm
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .data import DataArguments
+from .evaluation import FIGURES
 from .presets import get_preset
 
 
-def _field(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
+def _field(default: Any, text: str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
 @dataclasses.dataclass
@@ -38,14 +41,21 @@ class ModelArguments:
     text_backbone: str | None = _field(
         None, "A text encoder (Hub name or folder) in place of the preset's, or 'none'."
     )
-    fusion: str | None = _field(None, "self, cross_text, cross_image or concat.")
-    image_tokens: str | None = _field(None, "pooled or spatial.")
+    fusion: Literal["self", "cross_text", "cross_image", "concat"] | None = _field(
+        None, "How pictures and captions meet. cross_text: text asks, pictures answer."
+    )
+    image_tokens: Literal["pooled", "spatial"] | None = _field(
+        None, "What of a picture the fusion sees: one vector, or one for each cell of the last map."
+    )
     width: int | None = _field(None, "Size of each modality's vector before the classifier.")
     dropout: float | None = _field(None, "Dropout probability before the classifier.")
     unfrozen_image_stages: int | None = _field(None, "Train only the last n stages of the image backbone; -1: all.")
     unfrozen_text_layers: int | None = _field(None, "Train only the last n layers of the text backbone; -1: all.")
     learned_missing: bool | None = _field(
-        None, "Learn a vector for absent pictures and captions. Default: if the training rows have such."
+        None,
+        "Learn a vector for absent pictures and captions. Default: if training rows lack some.",
+        nargs="?",
+        const=True,
     )
     from_scratch: bool = _field(False, "Start both backbones from random weights.")
     image_weights: str = _field("hub", "hub, or a weights file or folder for the image backbone.")
@@ -56,6 +66,11 @@ class ModelArguments:
     vocab_size: int = _field(8000, "Largest vocabulary of a trained tokenizer.")
     max_tokens: int = _field(128, "Longer captions are cut.")
     image_size: int | None = _field(None, "Side of the pictures in pixels. Default: the image backbone's.")
+
+    def __post_init__(self):
+        name = self.image_backbone
+        if name not in (None, "none") and ":" not in name and not timm.is_model(name):
+            raise ValueError(f"image_backbone: timm has no architecture {name!r}{_nearest(name, timm.list_models())}")
 
 
 @dataclasses.dataclass
@@ -78,33 +93,42 @@ class MMClfTrainingArguments(TrainingArguments):
 
     Args:
         backbone_learning_rate (`float`, *optional*): Learning rate of both backbones; defaults to `learning_rate`.
-        early_stopping_patience (`int`, *optional*): Stop after so many evaluations without a better validation F1.
+        early_stopping_patience (`int`, *optional*):
+            Stop after so many evaluations without a better validation F1; 0 or `None`: never.
         label_thresholds (`bool`, *optional*, defaults to `False`): Fit one threshold for each label too.
         save_predictions (`bool`, *optional*, defaults to `False`): Write `predictions.csv` of validation and test.
         keep_checkpoints (`bool`, *optional*, defaults to `False`): Keep `checkpoints/` in a finished output folder.
     """
 
     _argument_group_name = "training"
+    output_dir: str | None = _field(None, "Folder for the finished model. Default: outputs/ and the preset's name.")
+    resume_from_checkpoint: str | None = _field(
+        None, "'true' to go on from the last checkpoint in --output_dir, or the folder of one."
+    )
     eval_strategy: str = _field("epoch", "When to evaluate: no, steps or epoch.")
     save_strategy: str = _field("epoch", "When to save a checkpoint: no, steps, epoch or best.")
     save_total_limit: int | None = _field(2, "Most checkpoints to keep; the best always stays.")
     load_best_model_at_end: bool = _field(True, "Finish with the checkpoint of the best validation score.")
     metric_for_best_model: str | None = _field("f1", "What the best checkpoint is judged by.")
-    greater_is_better: bool | None = _field(True, "Whether more of it is better.")
     remove_unused_columns: bool = _field(False, "Must stay off: transforms need the columns that the model does not.")
     ddp_find_unused_parameters: bool | None = _field(False, "No parameter is unused here, so searching is lost time.")
     backbone_learning_rate: float | None = _field(None, "Learning rate of both backbones. Default: learning_rate.")
-    early_stopping_patience: int | None = _field(None, "Stop after so many evaluations without a better score.")
+    early_stopping_patience: int | None = _field(
+        None, "Stop after so many evaluations without a better score; 0: never."
+    )
     label_thresholds: bool = _field(False, "Fit a threshold for each label too, shrunk to the global one if rare.")
     save_predictions: bool = _field(False, "Write predictions.csv of the validation and test rows.")
     keep_checkpoints: bool = _field(False, "Keep checkpoints/ in the finished output folder.")
 
     def __post_init__(self):
         super().__post_init__()
+        if self.dataloader_num_workers == 0:
+            self.dataloader_persistent_workers = False  # torch refuses persistent workers where there are none
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be off: the transforms read columns the model does not")
-        if self.load_best_model_at_end and str(self.metric_for_best_model) == "None":
-            raise ValueError("metric_for_best_model is empty; expected f1, or another figure of the evaluation")
+        metric = str(self.metric_for_best_model).removeprefix("eval_")
+        if self.load_best_model_at_end and metric not in FIGURES:  # Trainer would say so after the first epoch
+            raise ValueError(f"metric_for_best_model is {metric!r}; expected one of {', '.join(FIGURES)}")
 
 
 Arguments = tuple[ModelArguments, DataArguments, AugmentationArguments, MMClfTrainingArguments]
@@ -151,8 +175,8 @@ def _parser(prog: str | None) -> HfArgumentParser:
         description="Train a model for several labels a row. Without arguments it learns the embedded data.",
         epilog="All arguments of transformers.TrainingArguments are accepted too; --help_all lists them.",
     )
-    parser.add_argument("--config", help="YAML file with any of these arguments; flags win over it.")
-    parser.add_argument("--help_all", action="store_true", help="Show all arguments and exit.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these arguments; flags win over it.")
+    parser.add_argument("--help_all", "--help-all", action="store_true", help="Show all arguments and exit.")
     return parser
 
 
@@ -162,10 +186,20 @@ def shorten_help(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) 
     for action in parser._actions:
         spellings = [option for option in action.option_strings if "-" not in option.lstrip("-")]
         action.option_strings = spellings or action.option_strings
+        if action.option_strings and action.nargs != 0 and not action.choices:
+            action.metavar = action.metavar or {int: "N", float: "X"}.get(action.type, "VALUE")
         if action.dest in hidden or action.option_strings[0:1] == [f"--no_{action.dest}"]:
             action.help = argparse.SUPPRESS
-        elif action.default not in (None, False, argparse.SUPPRESS) and action.help:
-            action.help += " (default: %(default)s)"
+        elif action.help and action.default not in (None, argparse.SUPPRESS) and action.default is not False:
+            action.help += " (here: %(default)s)" if "Default: " in action.help else " (default: %(default)s)"
+
+
+def reject_unknown(parser: argparse.ArgumentParser, rest: Sequence[str]) -> None:
+    """Exits with a message about the first of the flags that a parser did not know, if there are such."""
+    if rest:
+        name = rest[0].partition("=")[0]
+        flags = [option for action in parser._actions for option in action.option_strings]
+        parser.error(f"unknown argument {name!r}{_nearest(name, flags) or '; --help lists them'}")
 
 
 def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) -> Arguments:
@@ -181,45 +215,61 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) 
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(prog)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--preset")
-    first.add_argument("--data")
+    first = argparse.ArgumentParser(prog=prog, usage=parser.usage, add_help=False, allow_abbrev=False)
+    for name in ("config", "preset", "data"):
+        first.add_argument(f"--{name}")
     early, _ = first.parse_known_args(argv)
     try:
         from_file = _read_yaml(early.config) if early.config else {}
         preset = early.preset or from_file.get("preset")
-        preset = preset or ("warmerdbert" if early.data or from_file.get("data") else "demo")
-        defaults = {**machine_defaults(), **get_preset(preset).recipe, **from_file, "preset": preset}
+        preset = str(preset or ("warmerdbert" if early.data or from_file.get("data") else "demo"))
+        parser.set_defaults(**{**machine_defaults(), **get_preset(preset).recipe})
+        argv = [*_as_flags(parser, from_file, early.config), *argv]
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    known = {action.dest for action in parser._actions}
-    for name in defaults:
-        if name not in known:
-            parser.error(f"unknown argument {name!r} in {early.config or 'the recipe'}{_nearest(name, known)}")
-    parser.set_defaults(**defaults)
-    if "--help_all" in argv:
+    parser.set_defaults(preset=preset)
+    if "--help_all" in argv or "--help-all" in argv:
         parser.print_help()
         parser.exit()
     shorten_help(parser, {field.name for field in dataclasses.fields(TrainingArguments)} - set(COMMON))
     try:
-        *arguments, namespace, rest = parser.parse_args_into_dataclasses(
+        *arguments, _, rest = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except ValueError as error:
-        parser.error(str(error))
-    if rest:
-        parser.error(f"unknown argument {rest[0]!r}{_nearest(rest[0].lstrip('-'), known)}; --help lists them")
+        parser.error(" ".join(str(error).split()))
+    reject_unknown(parser, rest)
     return tuple(arguments)
 
 
-def _nearest(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected lines such as 'learning_rate: 1e-4', got {type(values).__name__}")
     return values
+
+
+def _as_flags(parser: argparse.ArgumentParser, values: dict[str, Any], path: str) -> list[str]:
+    """Values of a file as flags, so that they are converted and checked like those; `null` is `None`."""
+    known = {action.dest: action for action in parser._actions}
+    flags = []
+    for name, value in values.items():
+        if name not in known or name in ("help", "help_all", "config"):
+            raise ValueError(f"{path}: unknown argument {name!r}{_nearest(str(name), known)}")
+        if value is None:
+            parser.set_defaults(**{name: None})
+        elif isinstance(value, list) and known[name].nargs == "+":
+            flags += [f"--{name}", *map(str, value)]
+        elif isinstance(value, str | int | float):  # of which bool is one
+            flags.append(f"--{name}={value}")
+        else:
+            flags.append(f"--{name}={json.dumps(value)}")
+    return flags

@@ -2,12 +2,20 @@
 
 import argparse
 import dataclasses
-import difflib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from huggingface_hub.errors import StrictDataclassError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .data import DataArguments, PreparedData
 
 USAGE = """usage: hf-mmclf COMMAND [arguments]
 
@@ -18,7 +26,7 @@ Several labels for every picture with a caption.
   predict    labels for pictures and captions   hf-mmclf predict FOLDER --images a.jpg --texts "a dog"
   presets    the systems that can be trained    hf-mmclf presets
 
-`hf-mmclf COMMAND --help` tells all about one of them.
+`hf-mmclf COMMAND --help` tells all about one of them, `hf-mmclf --version` which version this is.
 """
 
 
@@ -29,12 +37,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return
+    if argv[0] == "--version":
+        print(f"hf-mmclf {version('hf_mmclf')}")
+        return
     if argv[0] not in commands:
         sys.exit(f"hf-mmclf: unknown command {argv[0]!r}; expected one of {', '.join(commands)}")
     try:
         commands[argv[0]](argv[1:])
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        sys.exit(f"hf-mmclf {argv[0]}: error: {error}")
+    except (ValueError, OSError, StrictDataclassError) as error:
+        # what a worker process raises has its traceback in the message, and a configuration the name of its check
+        message = re.sub(r"^(Caught|Class validation) .*\n\s*\w*Error: ", "", str(error), flags=re.DOTALL)
+        sys.exit(f"hf-mmclf {argv[0]}: error: {' '.join(message.split())}")
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -47,9 +60,8 @@ def _train(argv: Sequence[str]) -> None:
 class FinishedArguments:
     """What `evaluate` and `predict` share."""
 
-    split: str | None = dataclasses.field(
-        default=None,
-        metadata={"help": "train, validation or test: of the source, or as training split it. Default: test, if any."},
+    split: Literal["train", "validation", "test"] | None = dataclasses.field(
+        default=None, metadata={"help": "Which rows: those of the source's split, or of training's if it has none."}
     )
     batch_size: int = dataclasses.field(default=64, metadata={"help": "Rows in one forward pass."})
 
@@ -60,7 +72,7 @@ def _parse_finished(
     from transformers import HfArgumentParser
 
     from . import DataArguments
-    from .arguments import shorten_help
+    from .arguments import reject_unknown, shorten_help
 
     parser = HfArgumentParser(
         (FinishedArguments, DataArguments),
@@ -74,30 +86,34 @@ def _parse_finished(
     of_training = ("validation_data", "test_data", "validation_fraction", "test_fraction", "split_seed")
     shorten_help(parser, (*of_training, "label_names_file"))
     *parsed, rest = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
-    if rest:
-        near = difflib.get_close_matches(rest[0], [o for a in parser._actions for o in a.option_strings], n=1)
-        parser.error(f"unknown argument {rest[0]!r}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    reject_unknown(parser, rest)
     return tuple(parsed)
 
 
 def _evaluate(argv: Sequence[str]) -> None:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--output", default="metrics.json", help="Where the figures go (default: %(default)s).")
+        parser.add_argument("--output", default="metrics.json", help="File for the figures.")
 
-    about = "F1 and more of a finished model on labelled rows, at 0.5 and at the model's own thresholds."
+    about = (
+        "F1 and more of a finished model on labelled rows, at 0.5 and at the model's own thresholds: on the test rows "
+        "if the source has splits or training split it, else on validation rows, else on all."
+    )
     options, data, own = _parse_finished("evaluate", about, argv, add)
-    from .evaluation import report_table
+    from .evaluation import check_suffix, report_table, whole_file
     from .finished import FinishedModel
 
+    check_suffix(own.output, (".json",))
+    if Path(own.output).resolve() == Path(own.folder, "metrics.json").resolve():
+        raise FileExistsError(f"{own.output} holds the figures of the training run; give another --output")
     finished = FinishedModel.load(own.folder)
     prepared = finished.prepare(data)
-    name, rows = finished.choose_split(prepared, options.split)
+    _print_bad_images(prepared, data)
+    name, rows = finished.choose_split(prepared, options.split, held_out=True)
     figures = finished.evaluate(rows, prepared.folder, options.batch_size)
     print(report_table({name: figures}))
-    path = Path(own.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({name: figures}, indent=2, ensure_ascii=False), encoding="utf-8")
-    print(f"\nAll figures: {path}")
+    with whole_file(own.output) as file:
+        json.dump({name: figures}, file, indent=2, ensure_ascii=False)
+    print(f"\nAll figures: {own.output}")
 
 
 def _predict(argv: Sequence[str]) -> None:
@@ -108,23 +124,25 @@ def _predict(argv: Sequence[str]) -> None:
             "--output", help=".csv: ImageID,Labels as in the competition; .jsonl: with scores. Default: to the screen."
         )
 
-    about = "Labels for pictures and captions, by the model's own thresholds."
+    about = (
+        "Labels for pictures and captions, by the model's own thresholds: of all rows of a table, of the test rows if "
+        "the source has splits."
+    )
     options, data, own = _parse_finished("predict", about, argv, add)
-    from .evaluation import PREDICTION_SUFFIXES, prediction_lines, write_predictions
+    from .evaluation import PREDICTION_SUFFIXES, check_suffix, prediction_lines, write_predictions
     from .finished import FinishedModel
 
     given = own.images or own.texts
     if bool(given) == bool(data.data):
         raise ValueError("expected either --data (a table) or --images and --texts")
-    if own.output and Path(own.output).suffix not in PREDICTION_SUFFIXES:
-        raise ValueError(f"--output {own.output}: expected a name that ends in {' or '.join(PREDICTION_SUFFIXES)}")
+    if own.output:
+        check_suffix(own.output, PREDICTION_SUFFIXES)
+    sources = {"train": _rows_of(own.images, own.texts, Path(data.image_dir or "."))} if given else None
     finished = FinishedModel.load(own.folder)
-    sources = {"train": _rows_of(own.images, own.texts)} if given else None
     prepared = finished.prepare(data, with_labels=False, sources=sources)
+    _print_bad_images(prepared, data)
     name, rows = finished.choose_split(prepared, options.split)
     scores = finished.scores(rows, prepared.folder, options.batch_size)
-    for where, reason in prepared.bad_images:
-        print(f"Picture {'left out' if data.bad_images == 'skip' else 'taken as absent'}: {where}: {reason}")
     if own.output:
         write_predictions(own.output, rows, scores, finished.model.config)
         print(f"{len(rows):,} rows of {name}: {own.output}")
@@ -132,11 +150,20 @@ def _predict(argv: Sequence[str]) -> None:
         print("\n".join(prediction_lines(rows, scores, finished.model.config)))
 
 
-def _rows_of(images: list[str] | None, texts: list[str] | None):
+def _print_bad_images(prepared: "PreparedData", args: "DataArguments") -> None:
+    for where, reason in prepared.bad_images:
+        fate = "left out" if args.bad_images == "skip" else "taken as absent"
+        print(f"Picture {fate}: {where}: {reason}", file=sys.stderr)
+
+
+def _rows_of(images: list[str] | None, texts: list[str] | None, folder: Path) -> "Dataset":
     from datasets import Dataset
 
     if images and texts and len(images) != len(texts):
         raise ValueError(f"{len(images)} pictures, but {len(texts)} captions; expected one caption for each picture")
+    missing = [image for image in images or [] if not (folder / image).is_file()]
+    if missing:
+        raise FileNotFoundError(f"no such picture: {', '.join(missing)}")
     count = len(images or texts)
     where = [f"row {row}" for row in range(1, count + 1)]
     return Dataset.from_dict({"image": images or [None] * count, "text": texts or [None] * count, "where": where})

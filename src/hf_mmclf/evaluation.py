@@ -3,8 +3,9 @@
 import csv
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -18,6 +19,16 @@ from .metrics import MultiLabelMetric, best_threshold, metrics_table, per_label_
 def scores_of(logits: np.ndarray) -> np.ndarray:
     """Scores in [0, 1], float32, of logits of any shape."""
     return torch.sigmoid(torch.as_tensor(logits).float()).numpy()
+
+
+def label_names(config: MMClfConfig) -> list[str]:
+    """Names of the labels in the order of the logits, whatever the order of `id2label`."""
+    return [config.id2label[i] for i in range(config.num_labels)]
+
+
+# What an evaluation during training gives, each of which may choose the best checkpoint.
+FIGURES = ("f1", "f1_at_0.5", "f1_macro", "f1_samples", "f1_weighted", "loss", "map", "no_label_rate", "precision")
+FIGURES += ("precision_macro", "recall", "recall_macro", "threshold")
 
 
 class ComputeMetrics:
@@ -48,7 +59,7 @@ def report(scores: np.ndarray, references: np.ndarray, config: MMClfConfig) -> d
     Returns:
         `dict`: `rows`, `at_0.5` and `fitted` (figures of [`MultiLabelMetric`]), `per_label` (with `f1_at_0.5`).
     """
-    metric, names = MultiLabelMetric(), list(config.id2label.values())
+    metric, names = MultiLabelMetric(), label_names(config)
     labels = per_label_report(scores, references, config.thresholds, names)
     for row, at_half in zip(labels, per_label_report(scores, references, 0.5, names), strict=True):
         row["f1_at_0.5"] = at_half["f1"]
@@ -83,35 +94,52 @@ def report_table(reports: dict[str, dict[str, Any]]) -> str:
 PREDICTION_SUFFIXES = (".csv", ".jsonl")
 
 
+def check_suffix(path: str | Path, suffixes: tuple[str, ...]) -> None:
+    """`ValueError` for a file name that does not end in one of `suffixes`."""
+    if Path(path).suffix not in suffixes:
+        raise ValueError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[TextIO]:
+    """A text file to write that is there whole or not at all; what it replaces stays until then."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_predictions(path: str | Path, rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> None:
     """
     Writes predicted labels to a file that is there whole or not at all.
 
     Args:
         path (`str` or `Path`): `.csv` for the competition's form, `ImageID,Labels`, with the labels as the data writes
-            them, separated by spaces; `.jsonl` for one object a row, with the labels and all scores by name.
+            them, separated by spaces (by `|` if a label has a space in it); `.jsonl` for one object a row, with the
+            labels and all scores by name.
         rows (`Dataset`): The columns `image` and `where`.
         scores (`np.ndarray` of shape `(rows, labels)`): Probabilities.
         config ([`MMClfConfig`]): Labels and thresholds.
     """
-    path = Path(path)
-    if path.suffix not in PREDICTION_SUFFIXES:
-        raise ValueError(f"{path}: expected a name that ends in {' or '.join(PREDICTION_SUFFIXES)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            ids = np.array(config.label_ids or list(config.id2label.values()))
+    check_suffix(path, PREDICTION_SUFFIXES)
+    with whole_file(path) as file:
+        if Path(path).suffix == ".csv":
+            ids = np.array(config.label_ids or label_names(config))
+            delimiter = "|" if any(len(label.split()) > 1 for label in ids) else " "
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["ImageID", "Labels"])
-            hits = _hits(scores, config)
-            writer.writerows([name, " ".join(ids[hits[row]])] for row, name in enumerate(_names(rows)))
+            for name, hits in zip(_names(rows), _hits(scores, config), strict=True):
+                writer.writerow([name, delimiter.join(ids[hits])])
         else:
             for name, ranked in zip(_names(rows), _ranked(scores, config), strict=True):
                 labels = [label for label, _, hit in ranked if hit]
                 line = {"image": name, "labels": labels, "scores": {label: score for label, score, _ in ranked}}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    part.replace(path)
 
 
 def prediction_lines(rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> list[str]:
@@ -128,7 +156,7 @@ def _hits(scores: np.ndarray, config: MMClfConfig) -> np.ndarray:
 
 def _ranked(scores: np.ndarray, config: MMClfConfig) -> Iterator[list[tuple[str, float, bool]]]:
     """Label, score and whether it is predicted, for each row, most likely first."""
-    names = list(config.id2label.values())
+    names = label_names(config)
     for row, hits in zip(scores, _hits(scores, config), strict=True):
         order = np.argsort(-row, kind="stable")
         yield [(names[i], round(float(row[i]), 6), bool(hits[i])) for i in order]

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from .arguments import machine_defaults
 from .batches import Collator, EvaluationImageTransform, RowTransform
+from .configuration_mmclf import MMClfConfig
 from .data import DataArguments, PreparedData, prepare_data
-from .evaluation import report, scores_of
+from .evaluation import label_names, report, scores_of
 from .image_processing_mmclf import MMClfImageProcessor
 from .labels import LabelSet
 from .modeling_mmclf import MMClfForImageTextClassification
@@ -38,13 +39,15 @@ class FinishedModel:
 
     @classmethod
     def load(cls, folder: str | Path) -> "FinishedModel":
-        """Loads an output folder; `FileNotFoundError` where there is none, or an unfinished one."""
+        """Loads an output folder; `FileNotFoundError` for none or an unfinished one, `ValueError` for another kind."""
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             unfinished = "; its training has not finished" if (folder / "checkpoints").is_dir() else ""
             raise FileNotFoundError(f"{folder}: no finished model here (no config.json){unfinished}")
-        model = MMClfForImageTextClassification.from_pretrained(folder)
-        config = model.config
+        config = AutoConfig.from_pretrained(folder)
+        if not isinstance(config, MMClfConfig):
+            raise ValueError(f"{folder}: a {config.model_type} model; expected a folder that `hf-mmclf train` wrote")
+        model = MMClfForImageTextClassification.from_pretrained(folder, config=config)
         processor = MMClfImageProcessor.from_pretrained(folder) if config.has_image else None
         return cls(folder, model, processor, AutoTokenizer.from_pretrained(folder) if config.has_text else None)
 
@@ -53,30 +56,45 @@ class FinishedModel:
     ) -> PreparedData:
         """Rows for this model, with its labels and nothing split; the arguments are those of [`prepare_data`]."""
         config = self.model.config
-        names = tuple(config.id2label.values())
-        labels = LabelSet(tuple(config.label_ids or names), names)
+        names = label_names(config)
+        labels = LabelSet(tuple(config.label_ids or names), tuple(names))
         return prepare_data(args, config.has_image, config.has_text, labels, with_labels, sources)
 
-    def choose_split(self, prepared: PreparedData, name: str | None) -> tuple[str, Dataset]:
+    def choose_split(
+        self, prepared: PreparedData, name: str | None = None, held_out: bool = False
+    ) -> tuple[str, Dataset]:
         """
-        One split of the source and its name: the named one, or else test, validation or train.
+        One split of the source and its name. A table that training has split counts as split in the same way.
 
-        A source without splits has those that training made of it, which `splits.csv` of the folder records.
+        Args:
+            prepared ([`PreparedData`]): From [`FinishedModel.prepare`].
+            name (`str`, *optional*): train, validation or test; by default the last of these that the source has.
+            held_out (`bool`, *optional*, defaults to `False`): Choose the default among training's splits too, so that
+                of a table that training has split it is not all rows, but those that it tested on.
         """
-        splits = prepared.splits
+        own = prepared.splits
+        splits = {**own, **(self._recorded(own["train"]) if list(own) == ["train"] else {})}
         if name is None:
-            name = next(key for key in ("test", "validation", "train") if key in splits)
-            return name, splits[name]
-        recorded = self.folder / "splits.csv"
-        if list(splits) == ["train"] and recorded.is_file():
-            with recorded.open(encoding="utf-8", newline="") as file:
-                wanted = {row["row"] for row in csv.DictReader(file) if row["split"] == name}
-            rows = [row for row, where in enumerate(splits["train"]["where"]) if where in wanted]
-            if rows:
-                return name, splits["train"].select(rows)
-        if name in splits:
-            return name, splits[name]
-        raise ValueError(f"no split {name!r}: the source has {', '.join(splits)}, {recorded.name} none of its rows")
+            choices = splits if held_out else own
+            name = next(key for key in ("test", "validation", "train") if key in choices)
+            return name, choices[name]
+        if name not in splits:
+            raise ValueError(f"no split {name!r}; the source has {', '.join(splits)}")
+        return name, splits[name]
+
+    def _recorded(self, rows: Dataset) -> dict[str, Dataset]:
+        """`rows` as training split them, according to its `splits.csv`; nothing if it has not seen all of them."""
+        file = self.folder / "splits.csv"
+        if not file.is_file():
+            return {}
+        with file.open(encoding="utf-8", newline="") as lines:
+            split_of = {line["row"]: line["split"] for line in csv.DictReader(lines)}
+        members: dict[str, list[int]] = {}
+        for row, where in enumerate(rows["where"]):
+            if where not in split_of:
+                return {}
+            members.setdefault(split_of[where], []).append(row)
+        return {name: rows.select(indices) for name, indices in members.items()}
 
     def scores(self, rows: Dataset, folder: Path, batch_size: int = 64, workers: int | None = None) -> np.ndarray:
         """
@@ -86,15 +104,18 @@ class FinishedModel:
             rows (`Dataset`): Columns `image`, `text` and `where`.
             folder (`Path`): What picture names are relative to.
             batch_size (`int`, *optional*, defaults to 64): Rows in one forward pass of one process.
-            workers (`int`, *optional*): Processes that load pictures; by default chosen from the machine.
+            workers (`int`, *optional*): Processes that load pictures; by default none for a single batch, else as many
+                as suit the machine.
 
         Returns:
             `np.ndarray` of shape `(rows, labels)`: Probabilities, float32, in the order of the rows.
         """
         size = self.processor.size["longest_edge"] if self.processor else None
-        collator = Collator(self.tokenizer, getattr(self.tokenizer, "model_max_length", 0), size)
+        collator = Collator(self.tokenizer, self._max_tokens(), size)
         transform = RowTransform(folder, self.processor and EvaluationImageTransform(self.processor))
         options: dict[str, Any] = {**machine_defaults(), "bf16": False, "remove_unused_columns": False}
+        if workers is None and len(rows) <= batch_size:
+            workers = 0  # starting some takes longer than the work
         if workers is not None:
             options |= {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
         with tempfile.TemporaryDirectory() as scratch:  # Trainer wants a folder, though prediction writes nothing
@@ -103,8 +124,13 @@ class FinishedModel:
             result = trainer.predict(rows.with_transform(transform))
         return scores_of(result.predictions)
 
+    def _max_tokens(self) -> int:
+        """What the tokenizer says, but no more than the model has positions for."""
+        positions = getattr(self.model.config.text_config, "max_position_embeddings", 512)
+        return min(getattr(self.tokenizer, "model_max_length", positions), positions)
+
     def evaluate(self, rows: Dataset, folder: Path, batch_size: int = 64) -> dict[str, Any]:
         """The figures of [`report`] for labelled rows, at 0.5 and at the model's own thresholds."""
         if "labels" not in rows.column_names:
-            raise ValueError("these rows have no labels; name their column by --label_column")
-        return report(self.scores(rows, folder, batch_size), np.asarray(rows["labels"]), self.model.config)
+            raise ValueError("these rows have no labels; name their column by --label_column or --label_columns")
+        return report(self.scores(rows, folder, batch_size), rows.with_format("numpy")["labels"][:], self.model.config)

@@ -1,0 +1,280 @@
+import csv
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_folder import CAPTIONS, LABELS, NAMES, write_folder, write_table
+
+from hf_mmclf import PRESETS, DataArguments, FinishedModel
+from hf_mmclf.cli import main
+from hf_mmclf.evaluation import prediction_lines, report, report_table
+
+SCRIPT = Path(sys.executable).with_name("hf-mmclf")
+IDS = {"1": "person", "3": "traffic light", "10": "dog"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A finished folder of each kind."""
+    return {kind: str(write_folder(tmp_path_factory.mktemp(kind), kind)) for kind in ("both", "image", "text")}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def table(here):
+    return write_table(here)
+
+
+def error_of(argv, capsys):
+    """The message of a failed command, which must be one line."""
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    if isinstance(caught.value.code, str):  # Python prints it and exits with 1
+        message = caught.value.code
+        assert message.startswith(f"hf-mmclf {argv[0]}: error: ")
+    else:
+        assert caught.value.code == 2
+        usage, _, message = capsys.readouterr().err.partition(": error: ")
+        assert usage.startswith(f"usage: hf-mmclf {argv[0]} ")
+    assert "\n" not in message.strip() and "Traceback" not in message
+    return message
+
+
+def scores_of(folder, table, rows=None):
+    finished = FinishedModel.load(folder)
+    prepared = finished.prepare(DataArguments(str(table)))
+    data = prepared.splits["train"] if rows is None else prepared.splits["train"].select(rows)
+    return data, finished.scores(data, prepared.folder), finished.model.config
+
+
+def references_of(rows):
+    return np.array([[label in LABELS[row].split() for label in IDS] for row in rows])
+
+
+class TestMain:
+    @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
+    def test_usage_names_all_commands(self, argv, capsys):
+        main(argv)
+        text = capsys.readouterr().out
+        assert all(f"\n  {command} " in text for command in ("train", "evaluate", "predict", "presets"))
+
+    def test_version(self, capsys):
+        main(["--version"])
+        assert capsys.readouterr().out == f"hf-mmclf {version('hf_mmclf')}\n"
+
+    def test_unknown_command(self):
+        with pytest.raises(SystemExit, match="unknown command 'trian'; expected one of train, evaluate, predict"):
+            main(["trian"])
+
+    @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "presets"])
+    def test_help_of_each_command(self, command, capsys):
+        with pytest.raises(SystemExit) as caught:
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert caught.value.code == 0 and text.startswith(f"usage: hf-mmclf {command}")
+        assert "--validation_fraction" not in text or command == "train"
+        if command in ("evaluate", "predict"):
+            words = " ".join(text.split())
+            assert "hf-mmclf " + command + " FOLDER" in words and "--image_dir" in words and "--image-dir" not in words
+            assert words.count("metrics.json") == (1 if command == "evaluate" else 0)
+
+    @pytest.mark.parametrize(
+        "argv, message",
+        [
+            (["train", "--learnin_rate", "1"], "did you mean '--learning_rate'?"),
+            (["train", "--data", "none.csv"], "'none.csv': no such file or folder"),
+            (["train", "--width", "0"], "error: width is 0; expected at least 1"),
+            (["train", "--dropout", "2"], "error: dropout is 2.0; expected a probability in [0, 1)"),
+            (["train", "--output_dir", "."], ". is not empty; give another --output_dir"),
+            (["evaluate"], "the following arguments are required: folder"),
+            (["evaluate", "none"], "none: no finished model here (no config.json)"),
+            (["evaluate", "none", "--output", "table.csv"], "table.csv: expected a name that ends in .json"),
+            (["evaluate", "none", "--split", "val"], "invalid choice: 'val'"),
+            (["evaluate", "none", "--texts", "a dog"], "unknown argument '--texts'; did you mean '--text"),
+            (["predict", "none", "--batchsize", "3"], "unknown argument '--batchsize'; did you mean '--batch_size'?"),
+            (["predict", "none", "--texts", "a dog"], "none: no finished model here (no config.json)"),
+            (["predict", "none"], "expected either --data (a table) or --images and --texts"),
+            (["predict", "none", "--texts", "a", "--data", "x"], "expected either --data (a table) or"),
+            (["predict", "none", "--texts", "a", "--output", "p.txt"], "p.txt: expected a name that ends in .csv or"),
+            (["predict", "none", "--images", "a.jpg", "b.jpg"], "no such picture: a.jpg, b.jpg"),
+            (["presets", "--all"], "unrecognized arguments: --all"),
+        ],
+    )
+    def test_errors_are_one_line(self, argv, message, here, capsys):
+        (here / "file").touch()
+        assert message in error_of(argv, capsys)
+
+    def test_script_exits_with_a_message_and_no_traceback(self, here):
+        command = [SCRIPT, "predict", "none", "--texts", "a dog"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=here)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.splitlines()[-1].startswith("hf-mmclf predict: error: none: no finished model here")
+        assert "Traceback" not in done.stderr
+
+
+def test_presets_prints_all_systems_with_the_posters_figures(capsys):
+    main(["presets"])
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "preset" and "parameters" in header
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    end = header.index("parameters") + len("parameters")
+    for line, preset in zip(lines, PRESETS.values(), strict=True):
+        expected = f"{preset.poster.parameters}" if preset.poster else "-"
+        assert line[:end].split()[-1] == expected
+        assert not preset.poster or f"{preset.poster.f1_validation:.4f}" in line
+
+
+class TestEvaluate:
+    def test_prints_the_table_and_writes_all_figures(self, folders, table, here, capsys):
+        main(["evaluate", folders["both"], "--data", str(table), "--output", "new/metrics.json"])
+        out = capsys.readouterr().out
+        _, scores, config = scores_of(folders["both"], table)
+        expected = {"train": report(scores, references_of(range(5)), config)}
+        written = json.loads((here / "new" / "metrics.json").read_text())
+        assert written == json.loads(json.dumps(expected))
+        assert report_table(expected) in out and out.endswith("All figures: new/metrics.json\n")
+
+    def test_writes_metrics_json_here_but_never_over_the_training_runs(self, table, here, monkeypatch, capsys):
+        folder = write_folder(here / "model", "text")
+        (folder / "metrics.json").write_text("training")
+        main(["evaluate", "model", "--data", "train.csv"])
+        assert "train" in json.loads((here / "metrics.json").read_text())
+        monkeypatch.chdir(folder)
+        assert "holds the figures of the training run" in error_of(["evaluate", ".", "--data", str(table)], capsys)
+        assert (folder / "metrics.json").read_text() == "training"
+
+    @pytest.mark.parametrize("flags, name, rows", [([], "test", [2, 4]), (["--split", "train"], "train", [0, 1, 3])])
+    def test_table_that_training_split_is_judged_by_what_it_held_out(self, flags, name, rows, table, here, capsys):
+        folder = write_folder(here / "model", "text")
+        lines = [f"{'test' if row in (2, 4) else 'train'},train.csv:{row + 2}\n" for row in range(5)]
+        (folder / "splits.csv").write_text("split,row\n" + "".join(lines))
+        main(["evaluate", "model", "--data", "train.csv", *flags])
+        figures = json.loads((here / "metrics.json").read_text())
+        _, scores, config = scores_of(folder, table, rows)
+        assert list(figures) == [name]
+        assert figures[name] == json.loads(json.dumps(report(scores, references_of(rows), config)))
+
+    def test_unlabelled_rows(self, folders, here, capsys):
+        table = write_table(here, "test.csv", labelled=False)
+        assert "these rows have no labels" in error_of(["evaluate", folders["text"], "--data", str(table)], capsys)
+        assert not (here / "metrics.json").exists()
+
+    def test_label_that_the_model_does_not_know(self, folders, table, capsys):
+        table.write_text(table.read_text().replace("3.jpg,3", "3.jpg,3 17"))
+        message = error_of(["evaluate", folders["text"], "--data", str(table)], capsys)
+        assert "train.csv:5: unknown label '17'" in message
+
+
+class TestPredict:
+    @pytest.mark.parametrize("labelled", [False, True])
+    @pytest.mark.parametrize("kind", ["both", "image", "text"])
+    def test_table_to_the_competitions_form(self, kind, labelled, folders, here, capsys):
+        """Labels of the table are not even read: here is one that the model does not know."""
+        table = write_table(here, "test.csv", labelled)
+        table.write_text(table.read_text().replace("3.jpg,3", "3.jpg,3 17"))
+        main(["predict", folders[kind], "--data", "test.csv", "--output", "out/p.csv"])
+        assert capsys.readouterr().out == "5 rows of train: out/p.csv\n"
+        _, scores, config = scores_of(folders[kind], write_table(here))
+        with open("out/p.csv", newline="") as file:
+            assert file.readline() == "ImageID,Labels\n"
+            written = dict(csv.reader(file))
+        hits = scores >= config.threshold
+        expected = [" ".join(label for label, hit in zip(IDS, row, strict=True) if hit) for row in hits]
+        assert written == {f"{row}.jpg": labels for row, labels in enumerate(expected)}
+        assert len(set(expected)) > 1
+
+    def test_table_to_json_lines(self, folders, table, here):
+        main(["predict", folders["both"], "--data", "train.csv", "--output", "p.jsonl", "--batch_size", "2"])
+        _, scores, config = scores_of(folders["both"], table)
+        lines = [json.loads(line) for line in (here / "p.jsonl").read_text().splitlines()]
+        assert [line["image"] for line in lines] == [f"{row}.jpg" for row in range(5)]
+        for line, row in zip(lines, scores, strict=True):
+            assert line["scores"] == pytest.approx(dict(zip(NAMES.values(), map(float, row), strict=True)), abs=1e-5)
+            assert set(line["labels"]) == {name for name, score in line["scores"].items() if score >= 0.5}
+
+    @pytest.mark.parametrize("in_folder", [False, True])
+    def test_pictures_and_captions_to_the_screen(self, in_folder, folders, here, capsys):
+        (here / "pictures").mkdir()
+        table = write_table(here / "pictures")
+        names = [f"{row}.jpg" if in_folder else f"pictures/{row}.jpg" for row in (4, 1)]
+        flags = ["--images", *names, "--texts", CAPTIONS[4], CAPTIONS[1]]
+        main(["predict", folders["both"], *flags, *(["--image_dir", "pictures"] if in_folder else [])])
+        rows, scores, config = scores_of(folders["both"], table, [4, 1])
+        expected = [line.partition(": ")[2] for line in prediction_lines(rows, scores, config)]
+        assert expected[0] != expected[1]
+        assert capsys.readouterr().out.splitlines() == [f"{n}: {e}" for n, e in zip(names, expected, strict=True)]
+
+    @pytest.mark.parametrize("kind, what", [("both", "--images"), ("both", "--texts"), ("image", "--images")])
+    def test_one_modality_is_enough(self, kind, what, folders, table, capsys):
+        values = ["0.jpg", "1.jpg"] if what == "--images" else CAPTIONS[:2]
+        main(["predict", folders[kind], what, *values])
+        lines = capsys.readouterr().out.splitlines()
+        names = values if what == "--images" else ["row 1", "row 2"]
+        assert [line.partition(": ")[0] for line in lines] == names
+
+    @pytest.mark.parametrize(
+        "kind, flags, message",
+        [
+            ("both", ["--images", "0.jpg", "1.jpg", "--texts", "a"], "2 pictures, but 1 captions; expected one"),
+            ("both", ["--images", "0.jpg", "none.jpg"], "error: no such picture: none.jpg"),
+            ("image", ["--images", "notes.jpg"], "row 1: cannot read the picture notes.jpg: not a picture of a known"),
+            ("image", ["--texts", "a dog"], "1 of 1 rows have no picture, which this model needs"),
+            ("text", ["--images", "0.jpg"], "1 of 1 rows have no caption, which this model needs"),
+            ("text", ["--data", "train.csv", "--split", "test"], "no split 'test'; the source has train"),
+            (
+                "text",
+                ["--data", "train.csv", "--text_column", "caption"],
+                "no column 'caption'; did you mean 'Caption'?",
+            ),
+        ],
+    )
+    def test_what_cannot_be_predicted(self, kind, flags, message, folders, table, here, capsys):
+        (here / "notes.jpg").write_text("not a picture")
+        assert message in error_of(["predict", folders[kind], *flags, "--output", "p.csv"], capsys)
+        assert not (here / "p.csv").exists()
+
+    def test_bad_picture_in_a_worker_process_is_one_line_too(self, folders, table, here, capsys):
+        (here / "4.jpg").write_text("not a picture")
+        argv = ["predict", folders["image"], "--data", "train.csv", "--batch_size", "1"]
+        message = error_of(argv, capsys)
+        assert message.startswith("hf-mmclf predict: error: train.csv:6: cannot read the picture 4.jpg: ")
+        assert message.endswith("keeps them without a picture")
+
+    @pytest.mark.parametrize("command, flags", [("predict", ["--output", "p.csv"]), ("evaluate", [])])
+    @pytest.mark.parametrize("policy, fate", [("skip", "left out"), ("missing", "taken as absent")])
+    def test_bad_pictures_that_are_put_up_with_are_listed(
+        self, command, flags, policy, fate, folders, table, here, capsys
+    ):
+        (here / "1.jpg").write_bytes(b"")
+        main([command, folders["both"], "--data", "train.csv", "--bad_images", policy, *flags])
+        assert f"Picture {fate}: train.csv:3: the file is empty\n" in capsys.readouterr().err
+        rows = 4 if policy == "skip" else 5
+        if command == "predict":
+            assert len((here / "p.csv").read_text().splitlines()) == 1 + rows
+        else:
+            assert json.loads((here / "metrics.json").read_text())["train"]["rows"] == rows
+
+
+def test_picture_upright_and_in_any_mode(folders, here, capsys):
+    """What a person has on the disk: the command decodes as training does, not as `PIL.Image.open` alone."""
+    upright = Image.new("RGB", (30, 20), "red")
+    upright.paste("blue", (0, 0, 15, 20))
+    upright.save("upright.png")
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    turned.save("turned.png", exif=exif)
+    main(["predict", folders["image"], "--images", "upright.png", "turned.png"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.partition(": ")[2] == second.partition(": ")[2]
