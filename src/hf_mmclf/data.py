@@ -39,6 +39,7 @@ class DataArguments:
     data: str | None = _field(
         None, "Table (.csv, .tsv, .jsonl, .parquet), folder, or data set on the Hub. Default: the embedded data set."
     )
+    demo_rows: int = _field(3000, "Rows of the embedded data set.")
     validation_data: str | None = _field(None, "Validation rows, if they are in a place of their own.")
     test_data: str | None = _field(None, "Test rows, if they are in a place of their own.")
     image_dir: str | None = _field(None, "Folder that picture names are relative to. Default: the table's.")
@@ -152,7 +153,10 @@ def _read_sources(args: DataArguments, folder: Path) -> dict[str, Dataset]:
         for name in ("validation", "test"):
             if given[name] is not None:
                 raise ValueError(f"--{name}_data needs --data; the embedded data set has its own {name} rows")
-        sources = {name: split.cast_column("image", Image(decode=False)) for name, split in demo_dataset().items()}
+        sources = {
+            name: split.cast_column("image", Image(decode=False))
+            for name, split in demo_dataset(args.demo_rows).items()
+        }
         return {
             name: with_columns(split, {"where": [f"demo/{name}:{row}" for row in range(1, len(split) + 1)]})
             for name, split in sources.items()

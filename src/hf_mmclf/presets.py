@@ -90,7 +90,7 @@ _DEMO = _FINE_TUNE | dict(
     crop_scale=0.8,
 )
 
-# A DenseNet of 0.2 M parameters with a 4 x 4 last map at 64 px, and a BERT of 0.3 M.
+# A DenseNet of 0.16 M parameters with a 4 x 4 last map at 64 px, and a BERT of 0.25 M.
 _DEMO_IMAGE = dict(
     image_backbone="densenet121",
     image_backbone_args=dict(growth_rate=16, block_config=(3, 4, 4), stem_type=""),
