@@ -157,6 +157,13 @@ def test_a_used_output_folder_is_refused_and_a_default_one_is_new(table, tmp_pat
     assert training._claim_output(arguments[0], arguments[3])[0] == Path("outputs/demo-2")
 
 
+def test_a_start_that_failed_does_not_block_the_next(table, tmp_path):
+    output = tmp_path / "m"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        run(table, output, "--from_scratch", "false", "--image_weights", str(tmp_path / "none.pth"))
+    assert (run(table, output, "--max_steps", "1") / "config.json").exists()
+
+
 def test_nothing_to_resume_is_an_error(table, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         run(table, tmp_path / "new", "--resume_from_checkpoint", "true")

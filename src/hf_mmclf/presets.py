@@ -78,7 +78,7 @@ _TEXT = _FINE_TUNE | dict(learning_rate=5e-4, backbone_learning_rate=5e-4, num_t
 _DEMO = _FINE_TUNE | dict(
     learning_rate=2e-3,
     backbone_learning_rate=2e-3,
-    num_train_epochs=12,
+    num_train_epochs=10,
     early_stopping_patience=5,
     from_scratch=True,
     tokenizer="train",

@@ -1,5 +1,6 @@
 """The main job: rows in, one folder with a trained model and its thresholds out."""
 
+import csv
 import json
 import shutil
 from functools import partial
@@ -74,6 +75,8 @@ def parameter_groups(model: nn.Module, args: MMClfTrainingArguments) -> list[dic
 
 def build_config(args: ModelArguments) -> MMClfConfig:
     """The preset's configuration with what the arguments change; labels and vocabulary are still open."""
+    if args.preset is None:
+        raise ValueError("ModelArguments.preset is None; name a preset, or let parse_arguments choose one")
     names = ("fusion", "image_tokens", "width", "dropout", "learned_missing")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in ("unfrozen_image_stages", "unfrozen_text_layers"):
@@ -134,9 +137,9 @@ def train(
     Raises:
         `FileExistsError`: the output folder is in use already.
     """
+    config = build_config(model_args)
     output, resume = _claim_output(model_args, args)
     set_seed(args.seed)
-    config = build_config(model_args)
     main = args.process_index == 0
     say = print if main else _be_silent
     prepared = prepare_data(data_args, config.has_image, config.has_text)
@@ -146,6 +149,11 @@ def train(
     for where, reason in prepared.bad_images:
         say(f"  picture {'left out' if data_args.bad_images == 'skip' else 'taken as absent'}: {where}: {reason}")
 
+    if args.world_size > 1:
+        args.distributed_state.wait_for_everyone()  # until all have looked at the output folder, nobody writes
+    if main and resume is None:
+        shutil.rmtree(args.output_dir, ignore_errors=True)  # of a start that failed before its first checkpoint
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # only now: a mistake above leaves nothing behind
     tokenizer, tokenizer_source = None, None
     if config.has_text:
         with args.main_process_first(desc="tokenizer"):  # trained once, so that all processes have the same
@@ -221,22 +229,28 @@ def _claim_output(model_args: ModelArguments, args: MMClfTrainingArguments) -> t
                 output, number = Path("outputs") / f"{model_args.preset}-{number}", number + 1
             chosen = [str(output)]
         output = Path(broadcast_object_list(chosen)[0] if args.world_size > 1 else chosen[0])
-    elif not resuming and output.exists() and any(output.iterdir()):
+    elif not resuming and _is_used(output):
         raise FileExistsError(
             f"{output} is not empty; give another --output_dir, or --resume_from_checkpoint true to go on there"
         )
-    if args.world_size > 1:
-        args.distributed_state.wait_for_everyone()  # until all have looked, nobody writes
     args.output_dir = str(output / CHECKPOINTS)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if not resuming:
         return output, None
     checkpoint = args.resume_from_checkpoint
     if str(checkpoint).lower() == "true":
-        checkpoint = get_last_checkpoint(args.output_dir)
+        checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     if checkpoint is None or not Path(checkpoint).is_dir():
         raise FileNotFoundError(f"no checkpoint to go on from: {checkpoint or args.output_dir}")
     return output, checkpoint
+
+
+def _is_used(output: Path) -> bool:
+    """Whether a folder holds a model, a checkpoint or anything else but the traces of a start that failed."""
+    if not output.exists():
+        return False
+    return any(entry.name != CHECKPOINTS for entry in output.iterdir()) or any(
+        (output / CHECKPOINTS).glob("checkpoint-*")
+    )
 
 
 def _tokenizer(
@@ -325,8 +339,11 @@ def _write(
     dump = partial(json.dumps, indent=2, ensure_ascii=False)
     (stage / "metrics.json").write_text(dump({**thresholds, **reports}), encoding="utf-8")
     (stage / "training.json").write_text(dump(training), encoding="utf-8")
-    lines = [f"{name},{where}\n" for name, split in prepared.splits.items() for where in split["where"][:]]
-    (stage / "splits.csv").write_text("split,row\n" + "".join(lines), encoding="utf-8")
+    with (stage / "splits.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["split", "row"])
+        for name, split in prepared.splits.items():
+            writer.writerows([name, where] for where in split["where"][:])
     if args.save_predictions:
         for name, scores in predictions.items():
             write_predictions(stage / f"predictions-{name}.csv", prepared.splits[name], scores, config)
