@@ -36,7 +36,7 @@ def test_every_flag_it_names_exists(capsys):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         known += capsys.readouterr().out
-    launcher = {"--num_processes"}  # accelerate's
+    launcher = {"--num_processes", "--multi_gpu"}  # accelerate's
     assert not [flag for flag in re.findall(r"--[a-z_]+", README) if flag not in known and flag not in launcher]
 
 

@@ -33,7 +33,9 @@ def write_table(folder: Path, rows: int = 60, captions: bool = True, pictures: b
         writer.writerow(["file", "words", "tags"])
         for row in range(rows):
             colour, animal = rng.choice(list(COLOURS)), rng.choice(["cat", "dog"])
-            Image.new("RGB", (40, 30), COLOURS[colour]).save(folder / "pictures" / f"{row}.png")
+            # no two alike: equal scores would be ranked by rounding, which differs with the batch
+            shade = np.clip(COLOURS[colour] + rng.integers(-35, 36, 3), 0, 255).tolist()
+            Image.new("RGB", (40, 30), tuple(shade)).save(folder / "pictures" / f"{row}.png")
             caption = f"a small {animal} sits there" if captions or row % 3 else ""
             writer.writerow([f"{row}.png" if pictures or row % 4 else "", caption, f"{colour}|{animal}"])
     return table
@@ -160,8 +162,14 @@ def test_a_used_output_folder_is_refused_and_a_default_one_is_new(table, tmp_pat
 def test_a_start_that_failed_does_not_block_the_next(table, tmp_path):
     output = tmp_path / "m"
     with pytest.raises(FileNotFoundError, match="no such file"):
-        run(table, output, "--from_scratch", "false", "--image_weights", str(tmp_path / "none.pth"))
+        flags = ["--from_scratch", "false", "--image_weights", str(tmp_path / "none.pth"), "--text_backbone", "none"]
+        run(table, output, *flags)
     assert (run(table, output, "--max_steps", "1") / "config.json").exists()
+
+
+def test_word_pieces_of_our_own_do_not_fit_pretrained_text_weights(table, tmp_path):
+    with pytest.raises(ValueError, match="--tokenizer train.*--from_scratch"):
+        run(table, tmp_path / "m", "--from_scratch", "false", "--tokenizer", "train")
 
 
 def test_nothing_to_resume_is_an_error(table, tmp_path):
@@ -235,7 +243,15 @@ def test_text_only_needs_no_picture_files(table, tmp_path):
 def launch(*flags: str, processes: int | None = None) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "examples" / "train.py")]
     if processes:
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        # --multi_gpu is accelerate's way to torchrun; its --cpu starts one process, whatever --num_processes says
+        launcher = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(processes),
+        ]
         command = [*launcher, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", command[1]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -246,10 +262,12 @@ def launch(*flags: str, processes: int | None = None) -> subprocess.Popen:
 @pytest.mark.slow
 def test_two_processes_report_what_one_does(tmp_path):
     table = write_table(tmp_path / "table", rows=75)  # neither split divides by two processes
-    process = launch(*table_flags(table), "--output_dir", str(tmp_path / "m"), "--num_train_epochs", "2", processes=2)
+    flags = [*table_flags(table), "--output_dir", str(tmp_path / "m"), "--num_train_epochs", "2", "--use_cpu"]
+    process = launch(*flags, processes=2)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert output.count("Output folder:") == 1
+    assert json.loads((tmp_path / "m" / "training.json").read_text())["processes"] == 2
     recorded = json.loads((tmp_path / "m" / "metrics.json").read_text())
     for split in ("validation", "test"):
         alone = evaluate(tmp_path / "m", table, split)

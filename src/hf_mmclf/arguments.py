@@ -96,7 +96,7 @@ class MMClfTrainingArguments(TrainingArguments):
         early_stopping_patience (`int`, *optional*):
             Stop after so many evaluations without a better validation F1; 0 or `None`: never.
         label_thresholds (`bool`, *optional*, defaults to `False`): Fit one threshold for each label too.
-        save_predictions (`bool`, *optional*, defaults to `False`): Write `predictions.csv` of validation and test.
+        save_predictions (`bool`, *optional*, defaults to `False`): Write `predictions-validation.csv`, `-test.csv`.
         keep_checkpoints (`bool`, *optional*, defaults to `False`): Keep `checkpoints/` in a finished output folder.
     """
 
@@ -117,7 +117,7 @@ class MMClfTrainingArguments(TrainingArguments):
         None, "Stop after so many evaluations without a better score; 0: never."
     )
     label_thresholds: bool = _field(False, "Fit a threshold for each label too, shrunk to the global one if rare.")
-    save_predictions: bool = _field(False, "Write predictions.csv of the validation and test rows.")
+    save_predictions: bool = _field(False, "Write predictions-validation.csv and predictions-test.csv.")
     keep_checkpoints: bool = _field(False, "Keep checkpoints/ in the finished output folder.")
 
     def __post_init__(self):

@@ -26,9 +26,9 @@ def label_names(config: MMClfConfig) -> list[str]:
     return [config.id2label[i] for i in range(config.num_labels)]
 
 
-# What an evaluation during training gives, each of which may choose the best checkpoint.
-FIGURES = ("f1", "f1_at_0.5", "f1_macro", "f1_samples", "f1_weighted", "loss", "map", "no_label_rate", "precision")
-FIGURES += ("precision_macro", "recall", "recall_macro", "threshold")
+# Figures of an evaluation that may choose the best checkpoint: more is better, but for the loss.
+FIGURES = ("f1", "f1_at_0.5", "f1_macro", "f1_samples", "f1_weighted", "loss", "map", "precision", "precision_macro")
+FIGURES += ("recall", "recall_macro")
 
 
 class ComputeMetrics:

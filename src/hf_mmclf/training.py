@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -46,7 +45,7 @@ class MMClfTrainer(Trainer):
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Leaves out a last batch of a single row where BatchNorm could not work on it; evaluation keeps all rows."""
         given = self.args.dataloader_drop_last
-        lonely = len(self.train_dataset) % self.args.train_batch_size == 1
+        lonely = len(self.train_dataset) % self.args.train_batch_size == 1 < len(self.train_dataset)
         if lonely and any(isinstance(module, nn.BatchNorm1d) for module in self.model.modules()):
             self.args.dataloader_drop_last = True
         try:
@@ -114,9 +113,9 @@ def build_model(
     return MMClfForImageTextClassification.from_backbones(config, image_weights, text_weights)
 
 
-def build_image_processor(config: MMClfConfig, size: int | None = None) -> MMClfImageProcessor:
+def build_image_processor(model: MMClfForImageTextClassification, size: int | None = None) -> MMClfImageProcessor:
     """Size (unless given), mean and deviation as timm knows them for the image backbone."""
-    known = timm.get_pretrained_cfg(config.image_backbone).to_dict()
+    known = model.image_model.pretrained_cfg
     return MMClfImageProcessor(
         size=size or known["input_size"][-1], image_mean=list(known["mean"]), image_std=list(known["std"])
     )
@@ -149,11 +148,12 @@ def train(
     for where, reason in prepared.bad_images:
         say(f"  picture {'left out' if data_args.bad_images == 'skip' else 'taken as absent'}: {where}: {reason}")
 
-    if args.world_size > 1:
-        args.distributed_state.wait_for_everyone()  # until all have looked at the output folder, nobody writes
-    if main and resume is None:
-        shutil.rmtree(args.output_dir, ignore_errors=True)  # of a start that failed before its first checkpoint
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # only now: a mistake above leaves nothing behind
+    args.distributed_state.wait_for_everyone()  # until all have looked at the output folder, nobody writes
+    if main:  # only now: a mistake above leaves nothing behind
+        if resume is None:
+            _remove_traces(Path(args.output_dir))  # of a start that failed before its first checkpoint
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    args.distributed_state.wait_for_everyone()
     tokenizer, tokenizer_source = None, None
     if config.has_text:
         with args.main_process_first(desc="tokenizer"):  # trained once, so that all processes have the same
@@ -174,7 +174,7 @@ def train(
 
     processor, size = None, None
     if config.has_image:
-        processor = build_image_processor(config, model_args.image_size)
+        processor = build_image_processor(model, model_args.image_size)
         size = processor.size["longest_edge"]
     collator = Collator(tokenizer, getattr(tokenizer, "model_max_length", 0), size)
     evaluation = RowTransform(prepared.folder, processor and EvaluationImageTransform(processor))
@@ -187,7 +187,7 @@ def train(
         eval_dataset=prepared.splits["validation"].with_transform(evaluation),
         compute_metrics=ComputeMetrics(),
     )
-    if args.early_stopping_patience:
+    if args.early_stopping_patience and args.load_best_model_at_end:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     trainer.train(resume_from_checkpoint=resume)
 
@@ -253,9 +253,23 @@ def _is_used(output: Path) -> bool:
     )
 
 
+def _remove_traces(checkpoints: Path) -> None:
+    """Removes what a run leaves in its folder of checkpoints, but not what others put there (logs, say)."""
+    for pattern in ("checkpoint-*", "tokenizer*", "finished"):
+        for path in checkpoints.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+
+
 def _tokenizer(
     args: ModelArguments, config: MMClfConfig, rows: Dataset, folder: Path, resume: str | None
 ) -> tuple[PreTrainedTokenizerBase, str]:
+    if args.tokenizer == "train" and not args.from_scratch:
+        raise ValueError(
+            "--tokenizer train gives every word piece a new number, which pretrained text weights do not know; add "
+            "--from_scratch, or leave --tokenizer out for the backbone's own"
+        )
     source = args.tokenizer or ("train" if args.from_scratch else args.text_backbone or config.text_backbone)
     saved, note = folder / "tokenizer", folder / "tokenizer.txt"
     if source == "train" and note.exists():  # by the main process, or by the run that is resumed
@@ -332,6 +346,7 @@ def _write(
         "rows": {name: len(split) for name, split in prepared.splits.items()},
         "bad_images": prepared.bad_images,
         "seed": args.seed,
+        "processes": args.world_size,
         "best_validation_f1": trainer.state.best_metric,
         "epochs": trainer.state.epoch,
         "history": trainer.state.log_history,
@@ -351,4 +366,4 @@ def _write(
         file.replace(output / file.name)
     stage.rmdir()
     if not args.keep_checkpoints:
-        shutil.rmtree(args.output_dir)
+        _remove_traces(Path(args.output_dir))
