@@ -145,6 +145,8 @@ def train(
     train_rows = prepared.splits["train"]
     say(f"Rows: {', '.join(f'{name} {len(split):,}' for name, split in prepared.splits.items())}")
     say(f"  splits: {prepared.split_source}; labels: {', '.join(prepared.labels.names)}")
+    if prepared.bad_images:
+        say(f"  {len(prepared.bad_images):,} pictures cannot be read")
     for where, reason in prepared.bad_images:
         say(f"  picture {'left out' if data_args.bad_images == 'skip' else 'taken as absent'}: {where}: {reason}")
 
@@ -189,6 +191,8 @@ def train(
     )
     if args.early_stopping_patience and args.load_best_model_at_end:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+    elif args.early_stopping_patience:
+        say("No early stopping: it needs load_best_model_at_end, which is off")
     trainer.train(resume_from_checkpoint=resume)
 
     reports, predictions = {}, {}
