@@ -49,7 +49,7 @@ class ScaleNorm(nn.Module):
 
 
 class StandIn(nn.Module):
-    """Puts one vector in the place of the tokens of an absent picture or caption: learned, or zero.
+    """Puts one vector, learned or zero, in the place of the tokens of a row that has none: (B, N, D), (B, N) -> the same.
 
     Args:
         width (`int`): Size of the tokens.
@@ -61,14 +61,15 @@ class StandIn(nn.Module):
         self.width = width
         self.vector = nn.Parameter(torch.zeros(width)) if learned else None
 
-    def forward(
-        self, tokens: torch.Tensor, mask: torch.Tensor, present: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # where(), not multiplication: whatever stands in the absent rows (even NaN) is dropped, with its gradient
-        vector = tokens.new_zeros(tokens.shape[-1]) if self.vector is None else self.vector.to(tokens.dtype)
-        only_first = torch.arange(tokens.shape[1], device=tokens.device) == 0
-        tokens = torch.where(present[:, None, None], tokens, vector)
-        return tokens, torch.where(present[:, None], mask, only_first)
+        present = mask.any(1, keepdim=True)
+        vector = tokens.new_zeros(self.width) if self.vector is None else self.vector.to(tokens.dtype)
+        return torch.where(present.unsqueeze(-1), tokens, vector), mask | ~present
+
+    def blank(self, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One absent token for each row of the other modality's tokens."""
+        return other.new_zeros(len(other), 1, self.width), other.new_zeros(len(other), 1, dtype=torch.bool)
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -326,8 +327,12 @@ class MMClfForImageTextClassification(PreTrainedModel):
         self.text_model.load_state_dict({name: donor.state_dict()[name] for name in wanted})
         return source if weights == "hub" else Path(weights).name
 
-    def image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The image backbone's tokens and their mask: (B, 3, H, W) -> (B, N, D), (B, N)."""
+    def image_features(
+        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image backbone's tokens and their mask, false for absent pictures: (B, 3, H, W) -> (B, N, D), (B, N)."""
+        if image_mask is not None:  # zero times NaN is NaN: the weights' gradients must not see absent pictures
+            pixel_values = torch.where(image_mask.bool()[:, None, None, None], pixel_values, 0)
         features = self.image_model.forward_features(pixel_values)
         if self.config.image_tokens == "pooled" or not self.config.has_text:
             tokens = self.image_model.forward_head(features, pre_logits=True).unsqueeze(1)
@@ -336,7 +341,45 @@ class MMClfForImageTextClassification(PreTrainedModel):
             tokens = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
         else:
             tokens = features[:, getattr(self.image_model, "num_prefix_tokens", 0) :]
-        return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+        mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+        return tokens, mask if image_mask is None else mask & image_mask.bool()[:, None]
+
+    def text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        text_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The text backbone's tokens and their mask, false for absent captions: (B, T) -> (B, N, D), (B, N).
+
+        A model that classifies the pooler's vector has this one token.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        # a row without any token would make attention divide by zero; its result is masked
+        attention_mask = torch.where(mask.any(1, keepdim=True), mask, 1)
+        extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        encoded = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **extra)
+        tokens, mask = encoded.last_hidden_state, mask.bool()
+        if not self.config.has_image and self.config.text_pooling == "pooler":
+            tokens, mask = encoded.pooler_output.unsqueeze(1), mask.any(1, keepdim=True)
+        return tokens, mask if text_mask is None else mask & text_mask.bool()[:, None]
+
+    def classify(
+        self,
+        image: tuple[torch.Tensor, torch.Tensor] | None = None,
+        text: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, L) of what `image_features` and `text_features` return; either may be `None` for all rows."""
+        if not (self.config.has_image and self.config.has_text):
+            features = masked_mean(*(text if image is None else image))
+        else:
+            image = self.missing_image.blank(text[0]) if image is None else image
+            text = self.missing_text.blank(image[0]) if text is None else text
+            image_vector, text_vector = self.fusion(*self.missing_image(*image), *self.missing_text(*text))
+            features = [self.image_projection(image_vector), self.text_projection(text_vector)]
+            features = torch.cat(features, dim=-1)
+        return self.classifier(self.dropout(features))
 
     def forward(
         self,
@@ -376,56 +419,17 @@ class MMClfForImageTextClassification(PreTrainedModel):
         if not given:
             names = ["pixel_values"] * config.has_image + ["input_ids"] * config.has_text
             raise ValueError(f"expected {' or '.join(names)}, got neither")
-        batch, device = given[0].shape[0], given[0].device
 
-        if pixel_values is not None:
-            if image_mask is not None:  # zero times NaN is NaN: the weights' gradients must not see absent pictures
-                pixel_values = torch.where(image_mask.bool()[:, None, None, None], pixel_values, 0)
-            image, image_token_mask = self.image_features(pixel_values)
+        image = None if pixel_values is None else self.image_features(pixel_values, image_mask)
+        text = None
         if input_ids is not None:
-            if attention_mask is None:
-                attention_mask = torch.ones_like(input_ids)
-            has_tokens = attention_mask.any(1)
-            text_mask = has_tokens if text_mask is None else text_mask.bool() & has_tokens
-            # a row without any token would make attention divide by zero; its result is replaced below
-            attention_mask = torch.where(has_tokens[:, None], attention_mask, 1)
-            extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-            encoded = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **extra)
-            text, text_token_mask = encoded.last_hidden_state, attention_mask.bool()
-
-        if config.has_image and config.has_text:
-            if pixel_values is None:
-                image = text.new_zeros(batch, 1, self.missing_image.width)
-                image_token_mask = torch.ones(batch, 1, dtype=torch.bool, device=device)
-            if input_ids is None:
-                text = image.new_zeros(batch, 1, self.missing_text.width)
-                text_token_mask = torch.ones(batch, 1, dtype=torch.bool, device=device)
-            image_mask = _presence(image_mask, pixel_values is not None, batch, device)
-            text_mask = _presence(text_mask, input_ids is not None, batch, device)
-            image, image_token_mask = self.missing_image(image, image_token_mask, image_mask)
-            text, text_token_mask = self.missing_text(text, text_token_mask, text_mask)
-            image, text = self.fusion(image, image_token_mask, text, text_token_mask)
-            features = torch.cat([self.image_projection(image), self.text_projection(text)], dim=-1)
-        elif config.has_image:
-            features = image.squeeze(1)
-        elif config.text_pooling == "pooler":
-            features = encoded.pooler_output
-        else:
-            features = masked_mean(text, text_token_mask)
-
-        logits = self.classifier(self.dropout(features))
+            text = self.text_features(input_ids, attention_mask, token_type_ids, text_mask)
+        logits = self.classify(image, text)
         loss = None
         if labels is not None:
             loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float())
         output = SequenceClassifierOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
-
-
-def _presence(mask: torch.Tensor | None, given: bool, batch: int, device: torch.device) -> torch.Tensor:
-    """Whether each row has a modality: (B,), false for all where the input is not there."""
-    if mask is None or not given:
-        return torch.full((batch,), given, dtype=torch.bool, device=device)
-    return mask.bool()
 
 
 __all__ = ["MMClfForImageTextClassification"]
