@@ -28,10 +28,10 @@ def table(tmp_path_factory):
 def forward(finished, image, caption):
     """Scores of one row without any of our data code: no padding, no masks, an absent input not given."""
     inputs = {}
-    if image is not None and finished.processor:
-        inputs |= finished.processor(Image.open(image).convert("RGB"), return_tensors="pt")
-    if caption is not None and finished.tokenizer:
-        inputs |= finished.tokenizer(caption, truncation=True, max_length=16, return_tensors="pt")
+    if image is not None and finished.processor.image_processor:
+        inputs |= finished.processor.image_processor(Image.open(image).convert("RGB"), return_tensors="pt")
+    if caption is not None and finished.processor.tokenizer:
+        inputs |= finished.processor.tokenizer(caption, truncation=True, max_length=16, return_tensors="pt")
     with torch.no_grad():
         return finished.model.eval()(**inputs).logits[0].sigmoid().numpy()
 
@@ -51,7 +51,8 @@ def test_load_says_what_is_wrong_with_a_folder(tmp_path, folders):
 @pytest.mark.parametrize("batch_size, workers", [(1, 0), (2, 0), (64, None), (3, 1)])
 def test_scores_are_those_of_a_forward_pass_of_each_row(kind, batch_size, workers, folders, table):
     finished = FinishedModel.load(str(folders[kind]))
-    assert (finished.processor is None, finished.tokenizer is None) == (kind == "text", kind == "image")
+    parts = finished.processor
+    assert (parts.image_processor is None, parts.tokenizer is None) == (kind == "text", kind == "image")
     prepared = finished.prepare(DataArguments(str(table)))
     rows = prepared.splits["train"]
     scores = finished.scores(rows, prepared.folder, batch_size, workers)
@@ -87,7 +88,7 @@ def test_captions_longer_than_the_model_reads_are_cut(folders, table):
     rows = finished.prepare(DataArguments(), with_labels=False, sources={"train": source}).splits["train"]
     scores = finished.scores(rows, table.parent)
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
-    finished.tokenizer.model_max_length = 4  # training's --max_tokens is kept
+    finished.processor.tokenizer.model_max_length = 4  # training's --max_tokens is kept
     cut = finished.scores(rows, table.parent)
     np.testing.assert_allclose(cut[0], forward(finished, None, "a man"), atol=1e-5)
     assert np.abs(cut - scores).max() > 1e-3

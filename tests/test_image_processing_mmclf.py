@@ -179,11 +179,24 @@ def test_many_paths_do_not_exhaust_file_handles(tmp_path):
 def test_bad_inputs_are_named():
     with pytest.raises(ValueError, match="list is empty"):
         run([])
-    for bad in (b"bytes", 3, None, [noise(4, 4), None], {"image": noise(4, 4)}):
+    for bad in (3, None, [noise(4, 4), None], {"image": noise(4, 4)}):
         with pytest.raises(TypeError, match="An image must be"):
             run(bad)
     with pytest.raises(ValueError, match="nowhere.png"):
         run("nowhere.png")
+    for bad, reason in ((b"bytes", "not a picture of a known kind"), (b"", "the file is empty")):
+        with pytest.raises(ValueError, match=f"^{reason}$"):
+            run(bad)
+
+
+def test_encoded_bytes_and_undecoded_cells_are_the_picture(tmp_path):
+    picture = noise(20, 30)
+    path = tmp_path / "a.png"
+    picture.save(path)
+    data, expected = path.read_bytes(), run(picture)
+    cells = [{"bytes": data, "path": "elsewhere.png"}, {"bytes": None, "path": str(path)}]
+    for given in (data, bytearray(data), memoryview(data), *cells):
+        assert torch.equal(run(given), expected)
 
 
 # to_rgb

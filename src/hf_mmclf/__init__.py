@@ -3,13 +3,16 @@
 from importlib import import_module
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_mmclf import MMClfConfig
 from .image_processing_mmclf import MMClfImageProcessor
 from .modeling_mmclf import MMClfForImageTextClassification
+from .pipeline_mmclf import TASK, ImageTextClassificationPipeline, pipeline
+from .processing_mmclf import MMClfProcessor
 
-# transformers registers classes, not names, so these three are imported; the rest is when it is first asked for.
+# transformers registers classes, not names, so these are imported; the rest is when it is first asked for.
 _LAZY = {
     "PRESETS": "presets",
     "DataArguments": "data",
@@ -27,11 +30,26 @@ _LAZY = {
     "train": "training",
 }
 
-__all__ = ["MMClfConfig", "MMClfForImageTextClassification", "MMClfImageProcessor", *_LAZY]  # noqa: PLE0604
+__all__ = [
+    "ImageTextClassificationPipeline",
+    "MMClfConfig",
+    "MMClfForImageTextClassification",
+    "MMClfImageProcessor",
+    "MMClfProcessor",
+    "pipeline",
+    *_LAZY,
+]
 
 AutoConfig.register(MMClfConfig.model_type, MMClfConfig)
 AutoModel.register(MMClfConfig, MMClfForImageTextClassification)
 AutoImageProcessor.register(MMClfConfig, image_processor_classes={"torchvision": MMClfImageProcessor})
+AutoProcessor.register(MMClfConfig, MMClfProcessor)
+PIPELINE_REGISTRY.register_pipeline(TASK, ImageTextClassificationPipeline, pt_model=AutoModel)
+
+# From now on save_pretrained writes their code, too, and where it is: so they load where this package is not.
+MMClfConfig.register_for_auto_class()
+MMClfForImageTextClassification.register_for_auto_class("AutoModel")
+MMClfImageProcessor.register_for_auto_class()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image as PILImage
 from transformers import PreTrainedTokenizerBase
 
-from .image_processing_mmclf import to_rgb
+from .image_processing_mmclf import read_image
 
 
 def is_absent(image: Any) -> bool:
@@ -22,23 +22,12 @@ def open_image(image: str | Mapping[str, Any], folder: Path, where: str) -> PILI
     """An upright RGB picture from a name relative to `folder` or from bytes; `ValueError` naming the row if bad."""
     name, data = (image, None) if isinstance(image, str) else (image.get("path"), image.get("bytes"))
     try:
-        return _decode(folder / name if data is None else BytesIO(data))
+        return read_image(folder / name if data is None else BytesIO(data))
     except ValueError as error:
         raise ValueError(
             f"{where}: cannot read the picture {name or 'in the table'}: {error}. --bad_images skip leaves such rows "
             "out, --bad_images missing keeps them without a picture"
         ) from error
-
-
-def _decode(source: Path | BytesIO) -> PILImage.Image:
-    try:
-        with PILImage.open(source) as opened:
-            return to_rgb(opened)
-    except PILImage.UnidentifiedImageError:  # its message may hold no more than an address in memory
-        size = source.stat().st_size if isinstance(source, Path) else len(source.getvalue())
-        raise ValueError("not a picture of a known kind" if size else "the file is empty") from None
-    except Exception as error:  # Pillow's decoders raise nearly everything
-        raise ValueError(str(error) or type(error).__name__) from error
 
 
 class RowTransform:

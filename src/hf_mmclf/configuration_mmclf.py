@@ -79,6 +79,10 @@ class MMClfConfig(PreTrainedConfig):
     label_ids: list[str] | None = None
     problem_type: str | None = "multi_label_classification"
 
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.label2id = {name: i for i, name in self.id2label.items()}  # one truth, whatever was given
+
     def validate_numbers(self):
         """Raises `ValueError` for numbers out of range."""
         for name in ("unfrozen_image_stages", "unfrozen_text_layers"):

@@ -1,14 +1,17 @@
-"""A finished output folder at work: scores, reports and predictions for rows of any source."""
+"""A finished output folder: written whole, and at work on rows of any source."""
 
 import csv
 import dataclasses
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
 
 from .arguments import machine_defaults
 from .batches import Collator, EvaluationImageTransform, RowTransform
@@ -18,6 +21,42 @@ from .evaluation import label_names, report, scores_of
 from .image_processing_mmclf import MMClfImageProcessor
 from .labels import LabelSet
 from .modeling_mmclf import MMClfForImageTextClassification
+from .pipeline_mmclf import TASK, ImageTextClassificationPipeline
+from .processing_mmclf import MMClfProcessor
+
+
+@contextmanager
+def whole_folder(output: str | Path, stage: str | Path | None = None) -> Iterator[Path]:
+    """
+    A folder to write to; what it holds in the end moves to `output`, config.json last.
+
+    Without config.json a folder does not load, so that one that was left half-written never looks whole.
+
+    Args:
+        output (`str` or `Path`): Where the files go; what else is there stays.
+        stage (`str` or `Path`, *optional*): The folder to write to, emptied first; on the disk of `output`.
+    """
+    output = Path(output)
+    stage = output / ".unfinished" if stage is None else Path(stage)
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        (output / "config.json").unlink(missing_ok=True)
+        for file in sorted(stage.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(output / file.name)
+    finally:
+        shutil.rmtree(stage)
+
+
+def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor, folder: str | Path) -> None:
+    """Writes weights (safetensors), configuration, preprocessing, their code and which pipeline they belong to.
+
+    So `AutoModel`, `AutoProcessor` and `pipeline` load the folder, where this package is not with `trust_remote_code`.
+    """
+    # transformers knows only a pipeline that writes down which one it is
+    pipe = ImageTextClassificationPipeline(model=model, processor=processor, task=TASK, device=model.device)
+    pipe.save_pretrained(folder)
 
 
 @dataclasses.dataclass
@@ -28,14 +67,12 @@ class FinishedModel:
     Args:
         folder (`Path`): Where it comes from.
         model ([`MMClfForImageTextClassification`]): With labels and thresholds in its `config`.
-        processor ([`MMClfImageProcessor`], *optional*): `None` for a model without pictures.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): `None` for a model without captions.
+        processor ([`MMClfProcessor`]): With the image processor and the tokenizer, where the model needs them.
     """
 
     folder: Path
     model: MMClfForImageTextClassification
-    processor: MMClfImageProcessor | None
-    tokenizer: PreTrainedTokenizerBase | None
+    processor: MMClfProcessor
 
     @classmethod
     def load(cls, folder: str | Path) -> "FinishedModel":
@@ -48,8 +85,9 @@ class FinishedModel:
         if not isinstance(config, MMClfConfig):
             raise ValueError(f"{folder}: a {config.model_type} model; expected a folder that `hf-mmclf train` wrote")
         model = MMClfForImageTextClassification.from_pretrained(folder, config=config)
-        processor = MMClfImageProcessor.from_pretrained(folder) if config.has_image else None
-        return cls(folder, model, processor, AutoTokenizer.from_pretrained(folder) if config.has_text else None)
+        image_processor = MMClfImageProcessor.from_pretrained(folder) if config.has_image else None
+        tokenizer = AutoTokenizer.from_pretrained(folder) if config.has_text else None
+        return cls(folder, model, MMClfProcessor(image_processor, tokenizer))
 
     def prepare(
         self, args: DataArguments, with_labels: bool = True, sources: dict[str, Dataset] | None = None
@@ -110,9 +148,10 @@ class FinishedModel:
         Returns:
             `np.ndarray` of shape `(rows, labels)`: Probabilities, float32, in the order of the rows.
         """
-        size = self.processor.size["longest_edge"] if self.processor else None
-        collator = Collator(self.tokenizer, self._max_tokens(), size)
-        transform = RowTransform(folder, self.processor and EvaluationImageTransform(self.processor))
+        image_processor, tokenizer = self.processor.image_processor, self.processor.tokenizer
+        size = image_processor.size["longest_edge"] if image_processor else None
+        collator = Collator(tokenizer, self._max_tokens(), size)
+        transform = RowTransform(folder, image_processor and EvaluationImageTransform(image_processor))
         options: dict[str, Any] = {**machine_defaults(), "bf16": False, "remove_unused_columns": False}
         if workers is None and len(rows) <= batch_size:
             workers = 0  # starting some takes longer than the work
@@ -127,7 +166,7 @@ class FinishedModel:
     def _max_tokens(self) -> int:
         """What the tokenizer says, but no more than the model has positions for."""
         positions = getattr(self.model.config.text_config, "max_position_embeddings", 512)
-        return min(getattr(self.tokenizer, "model_max_length", positions), positions)
+        return min(getattr(self.processor.tokenizer, "model_max_length", positions), positions)
 
     def evaluate(self, rows: Dataset, folder: Path, batch_size: int = 64) -> dict[str, Any]:
         """The figures of [`report`] for labelled rows, at 0.5 and at the model's own thresholds."""

@@ -4,17 +4,18 @@ Pushed to the Hub as code, so it imports third-party packages only and stands al
 """
 
 import os
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, SizeDict, is_valid_image, load_image
 
-__all__ = ["MMClfImageProcessor", "to_rgb"]
+__all__ = ["MMClfImageProcessor", "read_image", "to_rgb"]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -50,17 +51,26 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values.clip(0) * (255 / white)).round().astype(np.uint8))
 
 
-def _read(source: str) -> Image.Image:
+def read_image(file: str | os.PathLike | BytesIO) -> Image.Image:
+    """An encoded picture as an upright 8-bit RGB image; `ValueError` for one that cannot be read."""
+    try:
+        with Image.open(file) as opened:
+            return to_rgb(opened)
+    except UnidentifiedImageError:  # its message may hold no more than an address in memory
+        size = file.getbuffer().nbytes if isinstance(file, BytesIO) else os.path.getsize(file)
+        raise ValueError("not a picture of a known kind" if size else "the file is empty") from None
+    except Exception as error:  # Pillow's decoders raise nearly everything
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _fetch(source: str) -> Image.Image:
     # Not transformers' load_image where it can be helped: it drops transparency and clips 16 bits.
     if source.startswith(("http://", "https://", "data:")):
         with urlopen(source, timeout=60) as response:
-            file = BytesIO(response.read())
-    elif os.path.isfile(source):
-        file = source
-    else:
-        return load_image(source)  # bare base64, or an error that names what is accepted
-    with Image.open(file) as image:
-        return to_rgb(image)
+            return read_image(BytesIO(response.read()))
+    if os.path.isfile(source):
+        return read_image(source)
+    return load_image(source)  # bare base64, or an error that names what is accepted
 
 
 class MMClfImageProcessor(TorchvisionBackend):
@@ -68,7 +78,8 @@ class MMClfImageProcessor(TorchvisionBackend):
     Resizes the long edge of a picture to `size`, centres it on a black square and normalises it.
 
     Small pictures are enlarged; the short edge keeps the aspect ratio and is at least one pixel. The padding is black
-    before normalisation. A path, a URL or a PIL image in any mode is first made upright RGB by [`to_rgb`]. Arrays and
+    before normalisation. A path, a URL, an encoded file's bytes, a cell of `datasets`' undecoded `Image` column or a PIL
+    image in any mode is first made upright RGB by [`to_rgb`]. Arrays and
     tensors are taken as uint8 pixels (0 to 255), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. Single
     pictures, lists of pictures of mixed sizes and arrays with a leading batch dimension are all accepted.
 
@@ -89,8 +100,8 @@ class MMClfImageProcessor(TorchvisionBackend):
             `do_normalize`, `device`, ...). Each may also be given when calling the processor.
 
     Raises:
-        `ValueError`: for another form of `size`, an empty list, or a string that is no picture.
-        `TypeError`: for an input that is no picture, such as bytes.
+        `ValueError`: for another form of `size`, an empty list, a string that is no picture, or a damaged one.
+        `TypeError`: for an input that is no picture.
     """
 
     size = {"longest_edge": 224}
@@ -114,19 +125,21 @@ class MMClfImageProcessor(TorchvisionBackend):
         return super()._standardize_kwargs(size=SizeDict(longest_edge=edge), crop_size=square, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Load paths and URLs as upright RGB PIL images; pass images through, in lists of any depth."""
+        """Load paths, URLs and bytes as upright RGB PIL images; pass images through, in lists of any depth."""
         images = image_url_or_urls
+        if isinstance(images, Mapping) and {"bytes", "path"} & set(images):
+            images = images["path"] if images.get("bytes") is None else images["bytes"]
+        if isinstance(images, bytes | bytearray | memoryview):
+            return read_image(BytesIO(images))
         if isinstance(images, str | os.PathLike):
-            return _read(os.fspath(images))
+            return _fetch(os.fspath(images))
         if isinstance(images, list | tuple):
             if not images:
                 raise ValueError("There is no image to process: the list is empty")
             return [self.fetch_images(image) for image in images]
         if not is_valid_image(images):
-            kinds = "a path, a URL, a PIL image, an array or a tensor"
-            raise TypeError(
-                f"An image must be {kinds}, got {type(images).__name__}; open encoded bytes with PIL first"
-            )
+            kinds = "a path, a URL, a PIL image, encoded bytes, an array or a tensor"
+            raise TypeError(f"An image must be {kinds}, got {type(images).__name__}")
         return images
 
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs) -> torch.Tensor:

@@ -31,9 +31,10 @@ class Attention(nn.Module):
         self.value = nn.Linear(key_width, width)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(
-            self.query(queries), self.key(keys), self.value(keys), attn_mask=key_mask[:, None, :]
-        )  # (B, Nq, width)
+        # a dimension of one head: fused kernels and the ONNX exporter take nothing else
+        query, key, value = (x[:, None] for x in (self.query(queries), self.key(keys), self.value(keys)))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask[:, None, None])
+        return attended.squeeze(1)  # (B, Nq, width)
 
 
 class ScaleNorm(nn.Module):

@@ -1,0 +1,135 @@
+"""Pictures and captions to a model's inputs, with masks for what a row lacks.
+
+Pushed to the Hub as code, so it imports third-party packages only and stands alone.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.utils import has_file
+
+__all__ = ["MMClfProcessor"]
+
+
+class MMClfProcessor(ProcessorMixin):
+    r"""
+    An image processor and a tokenizer as one. A model with pictures or captions alone has one of the two.
+
+    `processor(images=picture, text="a dog")` prepares one row, lists of the same length prepare a batch. A row may lack
+    its picture or its caption: give `None` there (a blank caption counts as none).
+
+    Args:
+        image_processor ([`MMClfImageProcessor`], *optional*): `None` for a model without pictures.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): `None` for a model without captions.
+    """
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None):
+        if image_processor is None and tokenizer is None:
+            raise ValueError("got neither image_processor nor tokenizer; expected at least one of them")
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+        self.chat_template = None
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str | None] | None = None,
+        return_tensors: str = "pt",
+        max_length: int | None = None,
+    ) -> BatchFeature:
+        r"""
+        Args:
+            images (*optional*):
+                A picture (path, URL, PIL image, encoded bytes, array or tensor) or a list of them, `None` for those
+                that are absent.
+            text (`str` or `list[str]`, *optional*):
+                A caption or a list of them, `None` for those that are absent.
+            return_tensors (`str`, *optional*, defaults to `"pt"`):
+                `"pt"` for tensors, `"np"` for arrays.
+            max_length (`int`, *optional*):
+                Longer captions are cut; by default to the tokenizer's `model_max_length`.
+
+        Returns:
+            `BatchFeature`: `pixel_values` (batch, 3, size, size) and `image_mask` (batch,) where images are given;
+            `input_ids`, `attention_mask`, `token_type_ids` (batch, tokens), padded to the longest, and `text_mask`
+            (batch,) where text is given.
+
+        Raises:
+            `ValueError`: no input, one that the model does not have, or lists of different lengths.
+        """
+        images, text = self._listed(images), self._listed(text)
+        if images is None and text is None:
+            raise ValueError("got neither images nor text; expected at least one of them")
+        if images is not None and self.image_processor is None:
+            raise ValueError("got images, but this model has no image backbone; give text alone")
+        if text is not None and self.tokenizer is None:
+            raise ValueError("got text, but this model has no text backbone; give images alone")
+        if images is not None and text is not None and len(images) != len(text):
+            raise ValueError(
+                f"got {len(images)} images and {len(text)} texts; expected as many of one as of the other"
+            )
+        inputs: dict[str, Any] = {}
+        if images is not None:
+            present = torch.tensor([image is not None for image in images], dtype=torch.bool)
+            size = self.image_processor.size["longest_edge"]
+            pixel_values = torch.zeros(len(images), 3, size, size)
+            if present.any():
+                given = [image for image in images if image is not None]
+                pixel_values[present] = self.image_processor(given, return_tensors="pt")["pixel_values"]
+            inputs |= {"pixel_values": pixel_values, "image_mask": present}
+        if text is not None:
+            captions = [caption or "" for caption in text]
+            inputs |= self.tokenizer(
+                captions, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+            )
+            inputs["text_mask"] = torch.tensor([not caption.isspace() and caption != "" for caption in captions])
+        if return_tensors == "np":
+            inputs = {name: value.numpy() for name, value in inputs.items()}
+        return BatchFeature(inputs)
+
+    @staticmethod
+    def _listed(rows: Any) -> list | None:
+        if rows is None or isinstance(rows, list):
+            return rows
+        is_batch = isinstance(rows, tuple) or (isinstance(rows, np.ndarray | torch.Tensor) and rows.ndim == 4)
+        return list(rows) if is_batch else [rows]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "MMClfProcessor":
+        """From a folder or a name on the Hub, whichever parts are there; `kwargs` as for `AutoTokenizer`."""
+        source = str(pretrained_model_name_or_path)
+        kwargs.pop("_from_auto", None)
+        where = {
+            name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs
+        }
+        parts = {}
+        if has_file(source, "preprocessor_config.json", **where):
+            parts["image_processor"] = AutoImageProcessor.from_pretrained(source, **kwargs)
+        if has_file(source, "tokenizer_config.json", **where):
+            parts["tokenizer"] = AutoTokenizer.from_pretrained(source, **kwargs)
+        if not parts:
+            raise OSError(f"{source}: neither preprocessor_config.json nor tokenizer_config.json is there")
+        return cls(**parts)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> list[str]:
+        """Writes the parts, and this file, to a folder; returns the names of the files written."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in (self.image_processor, self.tokenizer):
+            if part is not None:
+                part.save_pretrained(folder, **kwargs)
+        self.to_json_file(folder / "processor_config.json")
+        code = Path(__file__)
+        if code.resolve() != (folder / code.name).resolve():
+            shutil.copyfile(code, folder / code.name)
+        return [str(file) for file in folder.iterdir()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `processor_config.json` holds: which class loads the parts, which have files of their own."""
+        name = type(self).__name__
+        return {"processor_class": name, "auto_map": {"AutoProcessor": f"processing_mmclf.{name}"}}
