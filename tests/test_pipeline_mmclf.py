@@ -1,4 +1,5 @@
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_workers_change_nothing(pipe, records, expected):
 def test_every_form_of_a_picture(pipe, pictures, expected):
     path = pictures[2]
     opened = Image.open(path)
-    data = open(path, "rb").read()
+    data = Path(path).read_bytes()
     table = Dataset.from_dict({"image": [path]}, features=Features({"image": ImageColumn(decode=False)}))
     array = np.array(opened)
     forms = [opened, data, bytearray(data), array, torch.from_numpy(array), table[0]["image"], {"bytes": data}]
@@ -255,7 +256,7 @@ def test_bad_calls(pipe, records):
 
 
 def test_transformers_own_factory(folders, pipe, records, tmp_path):
-    """A folder that only the parts have written names no pipeline, so no flag is needed; one that names it needs it."""
+    """A folder that only the parts have written names no pipeline, so no flag is needed; one that does asks for it."""
     registered = transformers.pipeline("image-text-classification", model=str(folders["both"]))
     assert type(registered) is ImageTextClassificationPipeline
     assert close(registered(records), pipe(records))

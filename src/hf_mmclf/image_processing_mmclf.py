@@ -78,10 +78,10 @@ class MMClfImageProcessor(TorchvisionBackend):
     Resizes the long edge of a picture to `size`, centres it on a black square and normalises it.
 
     Small pictures are enlarged; the short edge keeps the aspect ratio and is at least one pixel. The padding is black
-    before normalisation. A path, a URL, an encoded file's bytes, a cell of `datasets`' undecoded `Image` column or a PIL
-    image in any mode is first made upright RGB by [`to_rgb`]. Arrays and
-    tensors are taken as uint8 pixels (0 to 255), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. Single
-    pictures, lists of pictures of mixed sizes and arrays with a leading batch dimension are all accepted.
+    before normalisation. A path, a URL, an encoded file's bytes, a cell of `datasets`' undecoded `Image` column or a
+    PIL image in any mode is first made upright RGB by [`to_rgb`]. Arrays and tensors are taken as uint8 pixels (0 to
+    255), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. Single pictures, lists of pictures of mixed sizes and arrays
+    with a leading batch dimension are all accepted.
 
     Calling it returns a [`BatchFeature`] with `pixel_values`: with `return_tensors="pt"` (or `"np"`) a float32 tensor
     (array) of shape (batch, 3, size, size), without it a list of tensors of shape (3, size, size).

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch.utils.data import Dataset
 
-__all__ = ["ImageTextClassificationPipeline", "TASK", "pipeline"]
+__all__ = ["TASK", "ImageTextClassificationPipeline", "pipeline"]
 
 TASK = "image-text-classification"
 
@@ -76,8 +76,8 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
     pipe(image=rows["image"], text=rows["text"], batch_size=16)  # columns, such as those of a `datasets` table
     ```
 
-    A picture is a path, a URL, a PIL image, encoded bytes or an array. Either may be missing (`None`, no key, or a blank
-    caption) if the model has both. A generator gives a generator.
+    A picture is a path, a URL, a PIL image, encoded bytes or an array. Either may be missing (`None`, no key, or a
+    blank caption) if the model has both. A generator gives a generator.
     """
 
     _load_processor = True
@@ -231,7 +231,7 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         return [{"label": config.id2label[int(i)], "score": float(scores[i])} for i in order[:top_k]]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Writes all that loads again with `AutoModel`, `AutoProcessor` and `pipeline`, here or without this package."""
+        """Writes what `AutoModel`, `AutoProcessor` and `pipeline` load again, here or without this package."""
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 

@@ -21,8 +21,8 @@ class MMClfProcessor(ProcessorMixin):
     r"""
     An image processor and a tokenizer as one. A model with pictures or captions alone has one of the two.
 
-    `processor(images=picture, text="a dog")` prepares one row, lists of the same length prepare a batch. A row may lack
-    its picture or its caption: give `None` there (a blank caption counts as none).
+    `processor(images=picture, text="a dog")` prepares one row, lists of the same length prepare a batch. A row may
+    lack its picture or its caption: give `None` there (a blank caption counts as none).
 
     Args:
         image_processor ([`MMClfImageProcessor`], *optional*): `None` for a model without pictures.
