@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hub_server import HubServer
+from huggingface_hub import constants
 
 from hf_mmclf import MMClfConfig, MMClfForImageTextClassification
 
@@ -62,3 +64,15 @@ def tiny_batch():
         return batch
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty Hub on the loopback, for `HfApi(endpoint=hub.endpoint)` here and for children in `hub.environment`."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # read from the environment at import
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with HubServer() as server:
+        yield server

@@ -115,6 +115,13 @@ def test_what_yaml_gets_wrong_is_said(text, message, write_yaml, capsys):
         (["--remove_unused_columns", "true"], "remove_unused_columns must be off"),
         (["--metric_for_best_model", "f2"], "metric_for_best_model is 'f2'; expected one of f1, "),
         (["--eval_strategy", "steps"], "save and eval strategy to match"),
+        (["--license", "My own"], "license is 'My own'; expected an identifier of the Hub such as mit"),
+        (["--license", "Apache-2.0"], "such as mit, apache-2.0"),
+        (["--push_to_hub"], "after training run: hf-mmclf push OUTPUT user/name"),
+        (
+            ["--push_to_hub", "--output_dir", "out/a", "--hub_model_id", "someone/model"],
+            "after training run: hf-mmclf push out/a someone/model",
+        ),
     ],
 )
 def test_wrong_flags_are_answered_with_valid_ones(argv, message, capsys):
@@ -158,6 +165,22 @@ def test_workers_are_shared_among_the_processes_of_the_machine(processes, expect
 def test_bf16_where_the_machine_has_it(available, monkeypatch):
     monkeypatch.setattr("hf_mmclf.arguments.is_torch_bf16_gpu_available", lambda: available)
     assert machine_defaults()["bf16"] is available
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ([], 0.05),  # a share of the run, so that short ones have a curve too
+        (["--logging_steps", "7"], 7),
+        (["--eval_strategy", "steps", "--save_strategy", "steps"], 0.05),
+    ],
+)
+def test_the_training_loss_is_logged_often_and_evaluation_goes_with_saving(flags, expected):
+    training = parse_arguments(flags)[-1]
+    assert training.logging_steps == expected
+    if flags[:1] == ["--eval_strategy"]:
+        assert training.eval_steps == training.save_steps == 500
+        assert parse_arguments([*flags, "--eval_steps", "250"])[-1].eval_steps == 250
 
 
 def test_no_workers_means_none_that_persist():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny_folder import CAPTIONS, LABELS, NAMES, write_folder, write_table
 
-from hf_mmclf import PRESETS, DataArguments, FinishedModel
+from hf_mmclf import PRESETS, DataArguments, FinishedModel, hub
 from hf_mmclf.cli import main
 from hf_mmclf.evaluation import prediction_lines, report, report_table
 
@@ -278,3 +278,41 @@ def test_picture_upright_and_in_any_mode(folders, here, capsys):
     main(["predict", folders["image"], "--images", "upright.png", "turned.png"])
     first, second = capsys.readouterr().out.splitlines()
     assert first.partition(": ")[2] == second.partition(": ")[2]
+
+
+class TestPush:
+    """What is sent is tested with the function; here, that the flags reach it."""
+
+    @pytest.fixture
+    def pushed(self, monkeypatch):
+        calls = []
+        monkeypatch.setattr(hub, "push_to_hub", lambda **arguments: calls.append(arguments))
+        return calls
+
+    def test_flags(self, pushed):
+        main(["push", "outputs/demo", "user/toys"])
+        main(["push", "a", "b/c", "--private", "--revision", "next", "--tag", "v1", "--message", "Better"])
+        main(["push", "a", "b/c", "--public"])
+        nothing = dict(private=None, revision=None, tag=None, message=None)
+        assert pushed == [
+            dict(nothing, folder="outputs/demo", repo_id="user/toys"),
+            dict(folder="a", repo_id="b/c", private=True, revision="next", tag="v1", message="Better"),
+            dict(nothing, folder="a", repo_id="b/c", private=False),
+        ]
+
+    def test_errors_are_one_line(self, folders, capsys):
+        assert "expected user/name" in error_of(["push", folders["both"], "toys"], capsys)
+        assert "no finished model here" in error_of(["push", "nowhere", "user/toys"], capsys)
+        assert "not allowed with" in error_of(["push", "a", "b/c", "--private", "--public"], capsys)
+
+
+class TestExport:
+    def test_with_rows_of_a_table(self, folders, table, here, capsys):
+        main(["export", folders["text"], "--onnx", "--int8", "--output", "out", "--data", "train.csv"])
+        assert {file.name for file in (here / "out").iterdir()} == {"model.onnx", "model_int8.onnx", "predict.py"}
+        said = capsys.readouterr().out
+        assert "model_int8.onnx" in said and said.endswith("\nOutput folder: out\n") and "f1" in said.lower()
+
+    def test_errors_are_one_line(self, folders, capsys):
+        assert "no finished model here" in error_of(["export", "nowhere", "--onnx"], capsys)
+        assert "--onnx" in error_of(["export", folders["both"]], capsys)

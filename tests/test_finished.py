@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from PIL import Image
 from tiny_folder import CAPTIONS, LABELS, NAMES, write_folder, write_table
 from transformers import BertConfig
 
-from hf_mmclf import DataArguments, FinishedModel
+from hf_mmclf import DataArguments, FinishedModel, MMClfProcessor, save_for_hub
 from hf_mmclf.evaluation import report
 
 KINDS = ["both", "image", "text"]
@@ -45,6 +46,50 @@ def test_load_says_what_is_wrong_with_a_folder(tmp_path, folders):
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a bert model; expected a folder that"):
         FinishedModel.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_for_the_hub_it_loads_again(kind, folders, table, tmp_path):
+    finished = FinishedModel.load(folders[kind])
+    save_for_hub(finished.model, finished.processor, tmp_path / "new")
+    rows = finished.prepare(DataArguments(str(table))).splits["train"]
+    again = FinishedModel.load(tmp_path / "new")
+    np.testing.assert_array_equal(again.scores(rows, table.parent), finished.scores(rows, table.parent))
+    assert ModelCard.load(tmp_path / "new" / "README.md").data.library_name == "transformers"
+
+
+def test_saving_keeps_what_is_in_the_folder(folders, tmp_path):
+    finished = FinishedModel.load(folders["both"])
+    (tmp_path / "README.md").write_text("my own card")
+    (tmp_path / "metrics.json").write_text("{}")
+    save_for_hub(finished.model, finished.processor, tmp_path)
+    finished.model.config.threshold = 0.7
+    save_for_hub(finished.model, finished.processor, tmp_path)
+    finished.model.config.threshold = 0.4
+    assert FinishedModel.load(tmp_path).model.config.threshold == 0.7
+    assert (tmp_path / "README.md").read_text() == "my own card"
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_a_folder_that_could_not_be_written_does_not_load(folders, tmp_path, monkeypatch):
+    finished = FinishedModel.load(folders["both"])
+
+    def fail(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(MMClfProcessor, "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_for_hub(finished.model, finished.processor, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_processor_that_does_not_fit_is_refused(folders, tmp_path):
+    both, text = (FinishedModel.load(folders[kind]) for kind in ("both", "text"))
+    with pytest.raises(ValueError, match="the processor has no image_processor"):
+        save_for_hub(both.model, text.processor, tmp_path / "model")
+    with pytest.raises(ValueError, match="the processor has a image_processor, and the model has no use"):
+        save_for_hub(text.model, both.processor, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_mmclf import cli, parse_arguments
+from hf_mmclf import cli, onnx_predict, parse_arguments
 from hf_mmclf.presets import PRESETS, config_from_preset
 
 ROOT = Path(__file__).parents[1]
@@ -32,12 +32,13 @@ def test_every_flag_it_names_exists(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--help_all"])
     known = capsys.readouterr().out
-    for command in ("evaluate", "predict"):
+    for command in ("evaluate", "predict", "push", "export"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         known += capsys.readouterr().out
+    known += Path(onnx_predict.__file__).read_text(encoding="utf-8")
     launcher = {"--num_processes", "--multi_gpu"}  # accelerate's
-    assert not [flag for flag in re.findall(r"--[a-z_]+", README) if flag not in known and flag not in launcher]
+    assert not [flag for flag in re.findall(r"--[a-z_0-9]+", README) if flag not in known and flag not in launcher]
 
 
 def test_every_file_and_target_it_names_exists():

@@ -139,7 +139,7 @@ def test_saved_data_sets_keep_their_bytes_and_splits(tmp_path):
     assert one["train"][0]["image"].size == (4, 3)
     stored = two["validation"].cast_column("image", Image(decode=False))[0]["image"]["bytes"]
     assert stored == picture_bytes()
-    assert two["validation"]["where"][:] == [f"{tmp_path / 'two'}/val:1"]
+    assert two["validation"]["where"][:] == ["two/val:1"]  # no path of this machine
 
 
 def test_other_names_are_data_sets_of_the_hub(monkeypatch):

@@ -1,9 +1,12 @@
 import csv
+import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,8 +16,17 @@ import torch
 from PIL import Image
 from transformers import AutoModel, TrainerCallback
 
-from hf_mmclf import DataArguments, FinishedModel, MMClfForImageTextClassification, parse_arguments, train, training
+from hf_mmclf import (
+    DataArguments,
+    FinishedModel,
+    MMClfForImageTextClassification,
+    parse_arguments,
+    records,
+    train,
+    training,
+)
 from hf_mmclf.metrics import best_threshold
+from hf_mmclf.plots import PLOTS
 from hf_mmclf.presets import config_from_preset
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +103,8 @@ def test_output_folder_is_whole_and_holds_no_pickle(finished):
         "splits.csv",
         "predictions-validation.csv",
         "predictions-test.csv",
+        "README.md",
+        *PLOTS,
     } <= names
     assert "checkpoints" not in names and not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
 
@@ -130,6 +144,52 @@ def test_training_json_says_what_everything_started_from(finished):
     assert said["image_backbone"] == said["text_backbone"] == "scratch"
     assert "trained on" in said["tokenizer"] and "stratification" in said["splits"] and "seed 0" in said["splits"]
     assert str(finished.parent) not in text
+
+
+def test_training_json_says_how_it_was_trained(finished):
+    said = json.loads((finished / "training.json").read_text())
+    model = AutoModel.from_pretrained(finished)
+    assert said["parameters"]["total"] == said["parameters"]["trained"] == model.num_parameters()
+    assert said["parameters"]["image_model"] == sum(p.numel() for p in model.image_model.parameters())
+    assert said["megabytes"] == (finished / "model.safetensors").stat().st_size / 2**20
+    assert (said["data"], said["datasets"], said["license"]) == (["table.csv"], [], "unknown")
+    assert said["rows"] == {"train": 48, "validation": 6, "test": 6}
+    assert said["missing"]["train"] == {"picture": 0, "caption": 0}
+    recipe, history = said["recipe"], said["history"]
+    assert recipe["batch_size"] == 8 and recipe["learning_rate"] == 2e-3 and recipe["precision"] == "fp32"
+    assert (recipe["optimizer"], recipe["schedule"]) == ("adamw_torch_fused", "cosine")
+    assert (recipe["image_size"], recipe["max_tokens"], recipe["augmentation"]["flip"]) == (32, 64, 0.5)
+    best = max((entry for entry in history if "eval_f1" in entry), key=lambda entry: entry["eval_f1"])
+    assert said["best_checkpoint"] == {"by": "f1", "score": best["eval_f1"], "epoch": best["epoch"]}
+    assert len([entry for entry in history if "loss" in entry]) >= 18  # each twentieth of 36 steps
+    assert said["speed"]["rows_per_second"] > 0 and said["speed"]["split"] == "test"
+    assert "CPU thread" in said["speed"]["machine"] and set(said["versions"]) >= {"python", "torch", "hf_mmclf"}
+
+
+def test_no_file_tells_where_or_by_whom_it_was_made(finished, table):
+    private = [str(table.parent), str(finished.parent), str(Path.home()), tempfile.gettempdir()]
+    for file in finished.iterdir():
+        content = file.read_bytes()
+        assert not [text for text in private if text.encode() in content], file.name
+    machine = json.loads((finished / "training.json").read_text())["speed"]["machine"]
+    assert socket.gethostname() not in machine
+
+
+def test_reasons_of_bad_pictures_hold_no_path(table, tmp_path, monkeypatch):
+    def prepare(*args):
+        prepared = training_prepare(*args)
+        reason = "[Errno 13] Permission denied: '/home/somebody/3.png'"
+        return dataclasses.replace(
+            prepared, bad_images=[("table.csv:4", reason), ("table.csv:5", "the file is empty")]
+        )
+
+    training_prepare = training.prepare_data
+    monkeypatch.setattr(training, "prepare_data", prepare)
+    said = json.loads((run(table, tmp_path / "m", "--max_steps", "1") / "training.json").read_text())
+    assert said["bad_images"] == [
+        ["table.csv:4", "[Errno 13] Permission denied"],
+        ["table.csv:5", "the file is empty"],
+    ]
 
 
 def test_learning_rates_by_part_and_no_decay_on_vectors():
@@ -181,7 +241,7 @@ def test_failure_while_writing_leaves_no_folder_that_loads(table, tmp_path, monk
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(training, "write_predictions", fail)
+    monkeypatch.setattr(records, "write_predictions", fail)
     with pytest.raises(OSError, match="disk full"):
         run(table, tmp_path / "model", "--max_steps", "1", "--save_predictions")
     assert not (tmp_path / "model" / "config.json").exists()

@@ -25,8 +25,12 @@ _LAZY = {
     "best_threshold": "metrics",
     "config_from_preset": "presets",
     "demo_dataset": "demo",
+    "explain": "explain",
+    "export_onnx": "export",
     "label_thresholds": "metrics",
     "parse_arguments": "arguments",
+    "push_to_hub": "hub",
+    "save_for_hub": "finished",
     "train": "training",
 }
 

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -96,6 +97,9 @@ class MMClfTrainingArguments(TrainingArguments):
         early_stopping_patience (`int`, *optional*):
             Stop after so many evaluations without a better validation F1; 0 or `None`: never.
         label_thresholds (`bool`, *optional*, defaults to `False`): Fit one threshold for each label too.
+        license (`str`, *optional*):
+            Licence for the card, as the Hub writes it (`"mit"`, `"cc-by-4.0"`, `"other"`). Defaults to `"mit"` for a
+            model that knows nothing but the embedded data set, else to `"unknown"`.
         save_predictions (`bool`, *optional*, defaults to `False`): Write `predictions-validation.csv`, `-test.csv`.
         keep_checkpoints (`bool`, *optional*, defaults to `False`): Keep `checkpoints/` in a finished output folder.
     """
@@ -110,6 +114,7 @@ class MMClfTrainingArguments(TrainingArguments):
     save_total_limit: int | None = _field(2, "Most checkpoints to keep; the best always stays.")
     load_best_model_at_end: bool = _field(True, "Finish with the checkpoint of the best validation score.")
     metric_for_best_model: str | None = _field("f1", "What the best checkpoint is judged by.")
+    logging_steps: float = _field(0.05, "Steps between two logs of the training loss, or their share of all steps.")
     remove_unused_columns: bool = _field(False, "Must stay off: transforms need the columns that the model does not.")
     ddp_find_unused_parameters: bool | None = _field(False, "No parameter is unused here, so searching is lost time.")
     backbone_learning_rate: float | None = _field(None, "Learning rate of both backbones. Default: learning_rate.")
@@ -117,10 +122,26 @@ class MMClfTrainingArguments(TrainingArguments):
         None, "Stop after so many evaluations without a better score; 0: never."
     )
     label_thresholds: bool = _field(False, "Fit a threshold for each label too, shrunk to the global one if rare.")
+    license: str | None = _field(
+        None,
+        "Licence for the card, as the Hub writes it: mit, cc-by-4.0, other. Default: unknown; embedded data: mit.",
+    )
     save_predictions: bool = _field(False, "Write predictions-validation.csv and predictions-test.csv.")
     keep_checkpoints: bool = _field(False, "Keep checkpoints/ in the finished output folder.")
 
     def __post_init__(self):
+        if self.push_to_hub:
+            raise ValueError(
+                "push_to_hub would publish a pickle, and checkpoints before they are whole; leave it out, and after "
+                f"training run: hf-mmclf push {self.output_dir or 'OUTPUT'} {self.hub_model_id or 'user/name'}"
+            )
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
+            raise ValueError(
+                f"license is {self.license!r}; expected an identifier of the Hub such as mit, apache-2.0, cc-by-4.0, "
+                "or 'other' for a licence that it does not know"
+            )
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            self.eval_steps = self.save_steps  # transformers would take logging_steps
         super().__post_init__()
         if self.dataloader_num_workers == 0:
             self.dataloader_persistent_workers = False  # torch refuses persistent workers where there are none

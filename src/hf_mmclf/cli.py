@@ -1,4 +1,4 @@
-"""The command `hf-mmclf`: train, evaluate, predict, presets."""
+"""The command `hf-mmclf`: train, evaluate, predict, push, export, presets."""
 
 import argparse
 import dataclasses
@@ -24,6 +24,8 @@ Several labels for every picture with a caption.
   train      train a model                      hf-mmclf train --data table.csv --image_dir pictures
   evaluate   F1 and more on labelled rows       hf-mmclf evaluate FOLDER --data table.csv
   predict    labels for pictures and captions   hf-mmclf predict FOLDER --images a.jpg --texts "a dog"
+  push       a finished model to the Hub        hf-mmclf push FOLDER user/name
+  export     a finished model as ONNX           hf-mmclf export FOLDER --onnx
   presets    the systems that can be trained    hf-mmclf presets
 
 `hf-mmclf COMMAND --help` tells all about one of them, `hf-mmclf --version` which version this is.
@@ -33,7 +35,8 @@ Several labels for every picture with a caption.
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; errors in what a person gave are one line, not a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "evaluate": _evaluate, "predict": _predict, "presets": _presets}
+    commands = {"train": _train, "evaluate": _evaluate, "predict": _predict, "push": _push, "export": _export}
+    commands["presets"] = _presets
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"hf-mmclf: unknown command {argv[0]!r}; expected one of {', '.join(commands)}")
     try:
         commands[argv[0]](argv[1:])
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         # what a worker process raises has its traceback in the message, and a configuration the name of its check
         message = re.sub(r"^(Caught|Class validation) .*\n\s*\w*Error: ", "", str(error), flags=re.DOTALL)
         sys.exit(f"hf-mmclf {argv[0]}: error: {' '.join(message.split())}")
@@ -148,6 +151,50 @@ def _predict(argv: Sequence[str]) -> None:
         print(f"{len(rows):,} rows of {name}: {own.output}")
     else:
         print("\n".join(prediction_lines(rows, scores, finished.model.config)))
+
+
+def _push(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="hf-mmclf push",
+        description="Puts a finished model on the Hub, as one commit. After a dropped connection the same command "
+        "goes on. The token is that of `hf auth login` or of the environment variable HF_TOKEN.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", help="Output folder of a training run.")
+    parser.add_argument("repo_id", metavar="user/name", help="Repository; it is made if it is not there.")
+    seen = parser.add_mutually_exclusive_group()
+    seen.add_argument("--private", action="store_const", const=True, help="Only you and your organisation see it.")
+    seen.add_argument("--public", action="store_const", const=False, dest="private", help="All see it.")
+    parser.add_argument("--revision", help="Branch to push to (default: main).")
+    parser.add_argument("--tag", help="A name for this commit, to load it by.")
+    parser.add_argument("--message", help="What the commit is about (default: Upload model).")
+    from . import push_to_hub
+
+    push_to_hub(**vars(parser.parse_args(argv)))
+
+
+def _export(argv: Sequence[str]) -> None:
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--onnx", action="store_true", required=True, help="The form to export to.")
+        parser.add_argument("--int8", action="store_true", help="Also quantised, with a report of what it costs.")
+        parser.add_argument("--output", help="Folder to write to (default: FOLDER/onnx).")
+
+    about = (
+        "A finished model as one ONNX file that holds all a prediction takes, and a script that runs it with "
+        "onnxruntime, numpy and Pillow alone. It is compared with the model on the rows of --data, else on rows of "
+        "the embedded data set."
+    )
+    options, data, own = _parse_finished("export", about, argv, add)
+    from . import FinishedModel, export_onnx
+
+    finished = FinishedModel.load(own.folder)
+    rows, folder = None, None
+    if data.data:
+        prepared = finished.prepare(data)
+        _print_bad_images(prepared, data)
+        (_, rows), folder = finished.choose_split(prepared, options.split, held_out=True), prepared.folder
+    export_onnx(finished, own.output, own.int8, rows, folder)
+    print(f"\nOutput folder: {own.output or Path(own.folder, 'onnx')}")
 
 
 def _print_bad_images(prepared: "PreparedData", args: "DataArguments") -> None:

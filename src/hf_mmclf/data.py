@@ -17,7 +17,7 @@ from iterstrat.ml_stratifiers import IterativeStratification
 from tqdm.auto import tqdm
 
 from .batches import is_absent, open_image
-from .demo import demo_dataset
+from .demo import DEMO_LABELS, demo_dataset
 from .labels import LabelSet, find_delimiter, parse_labels
 from .sources import read_source, with_columns, with_strings
 
@@ -103,6 +103,7 @@ def prepare_data(
     folder = Path(args.image_dir or ".")
     if args.data and not args.image_dir:
         folder = _folder_of(args.data)
+    drawn = sources is None and args.data is None
     sources = sources or _read_sources(args, folder)
     if labels is None and "train" not in sources:
         raise ValueError(f"no training rows; the source has only {', '.join(sources)}")
@@ -122,7 +123,8 @@ def prepare_data(
                     f"no label column in the {name} rows among {', '.join(sources[name].column_names)}; expected "
                     f"{' or '.join(LABEL_COLUMNS)}, or name it by --label_column or --label_columns"
                 )
-        named = args.label_columns or ()  # a column of zeros only is a label too
+        # a column of zeros only is a label too, and so is one that few drawn rows happen not to have
+        named = args.label_columns or (DEMO_LABELS if drawn else ())
         labels = LabelSet.from_rows([*parsed["train"], named], args.label_names_file)
 
     splits, bad_images = {}, []

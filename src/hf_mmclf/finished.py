@@ -50,13 +50,38 @@ def whole_folder(output: str | Path, stage: str | Path | None = None) -> Iterato
 
 
 def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor, folder: str | Path) -> None:
-    """Writes weights (safetensors), configuration, preprocessing, their code and which pipeline they belong to.
-
-    So `AutoModel`, `AutoProcessor` and `pipeline` load the folder, where this package is not with `trust_remote_code`.
-    """
-    # transformers knows only a pipeline that writes down which one it is
+    """Writes weights (safetensors), configuration, preprocessing, their code and which pipeline they belong to."""
+    # transformers writes down a folder's pipeline only where a pipeline saves it
     pipe = ImageTextClassificationPipeline(model=model, processor=processor, task=TASK, device=model.device)
     pipe.save_pretrained(folder)
+
+
+def save_for_hub(model: MMClfForImageTextClassification, processor: MMClfProcessor, folder: str | Path) -> None:
+    """
+    Writes a folder that `AutoModel`, `AutoProcessor` and `pipeline` load, where this package is installed and, with
+    `trust_remote_code=True`, where it is not; the end of every training run does the same.
+
+    Args:
+        model ([`MMClfForImageTextClassification`]): With labels and thresholds in its `config`.
+        processor ([`MMClfProcessor`]): With the parts that the model needs.
+        folder (`str` or `Path`): What else is there stays, so that `metrics.json` or a card of one's own can be there
+            already; a card is written where there is none.
+
+    Raises:
+        `ValueError`: a processor that lacks a part, or has one too many.
+    """
+    from .card import write_card
+
+    config = model.config
+    parts = {"image_processor": config.has_image, "tokenizer": config.has_text}
+    for name, needed in parts.items():
+        if (getattr(processor, name) is not None) != needed:
+            wanted = "needs one" if needed else "has no use for it"
+            raise ValueError(f"the processor has {'no' if needed else 'a'} {name}, and the model {wanted}")
+    with whole_folder(folder) as stage:
+        save_model(model, processor, stage)
+        if not Path(folder, "README.md").exists():
+            write_card(stage)
 
 
 @dataclasses.dataclass

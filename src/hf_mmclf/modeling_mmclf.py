@@ -50,7 +50,7 @@ class ScaleNorm(nn.Module):
 
 
 class StandIn(nn.Module):
-    """Puts one vector, learned or zero, in the place of the tokens of a row that has none: (B, N, D), (B, N) -> the same.
+    """Puts one vector, learned or zero, in the place of the tokens of rows without any: (B, N, D), (B, N) -> the same.
 
     Args:
         width (`int`): Size of the tokens.

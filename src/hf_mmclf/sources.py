@@ -206,7 +206,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
 
 def _read_folder(path: Path) -> dict[str, Dataset]:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _as_splits(load_from_disk(str(path)), str(path))
+        return _as_splits(load_from_disk(str(path)), path.name)
     splits = {}
     for stem, split in SPLIT_NAMES.items():
         for suffix in TABLE_SUFFIXES:

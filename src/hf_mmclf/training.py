@@ -1,9 +1,6 @@
 """The main job: rows in, one folder with a trained model and its thresholds out."""
 
-import csv
-import json
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +16,14 @@ from .augmentation import ImageAugmentation, TextAugmentation
 from .batches import Collator, EvaluationImageTransform, RowTransform
 from .configuration_mmclf import MMClfConfig
 from .data import DataArguments, PreparedData, picture_paths, prepare_data
-from .evaluation import ComputeMetrics, report, report_table, scores_of, write_predictions
+from .evaluation import ComputeMetrics, report, report_table, scores_of
+from .finished import save_model, whole_folder
 from .image_processing_mmclf import MMClfImageProcessor
 from .metrics import best_threshold, label_thresholds
 from .modeling_mmclf import MMClfForImageTextClassification
 from .presets import config_from_preset
+from .processing_mmclf import MMClfProcessor
+from .records import machine_name, run_record, write_records
 from .tokenization import load_tokenizer
 
 CHECKPOINTS = "checkpoints"
@@ -131,7 +131,8 @@ def train(
     Trains, fits the thresholds on the validation rows, reports on validation and test rows, and writes the folder.
 
     Returns:
-        `Path`: The output folder: model, image processor, tokenizer, `metrics.json`, `training.json`, `splits.csv`.
+        `Path`: The output folder: model, image processor, tokenizer, `metrics.json`, `training.json`, `splits.csv`,
+        and the card (`README.md`) with its plots.
 
     Raises:
         `FileExistsError`: the output folder is in use already.
@@ -164,7 +165,7 @@ def train(
     config.id2label = dict(enumerate(prepared.labels.names))
     config.label2id = {name: i for i, name in config.id2label.items()}
     config.label_ids = list(prepared.labels.ids)
-    _settle_missing(config, prepared, say)
+    missing = _settle_missing(config, prepared, say)
     model = build_model(config, model_args, tokenizer)
     for part, weights in (("image", config.image_weights), ("text", config.text_weights)):
         if weights:
@@ -195,19 +196,29 @@ def train(
         say("No early stopping: it needs load_best_model_at_end, which is off")
     trainer.train(resume_from_checkpoint=resume)
 
-    reports, predictions = {}, {}
+    reports, outcomes, speed = {}, {}, {}
     for name in ("validation", "test"):
         rows = prepared.splits.get(name)
         if rows is None or "labels" not in rows.column_names:
             say(f"No labelled {name} rows: nothing to report on them")
             continue
         result = trainer.predict(rows.with_transform(evaluation), metric_key_prefix=name)
-        scores = predictions[name] = scores_of(result.predictions)
+        scores = scores_of(result.predictions)
+        outcomes[name] = scores, result.label_ids
+        speed = {"split": name, "rows_per_second": result.metrics.get(f"{name}_samples_per_second")}
         if name == "validation":  # test labels never choose anything
             _fit_thresholds(config, scores, result.label_ids, args.label_thresholds)
         reports[name] = report(scores, result.label_ids, config)
     if main:
-        _write(output, trainer, tokenizer, processor, prepared, reports, predictions, tokenizer_source)
+        record = run_record((model_args, data_args, augmentation, args), trainer, prepared)
+        record |= {"tokenizer": tokenizer_source, "missing": missing, "resumed": resume is not None}
+        record["recipe"] |= {"image_size": size, "max_tokens": getattr(tokenizer, "model_max_length", None)}
+        record["speed"] = {**speed, "batch_size": args.eval_batch_size, "machine": machine_name(args)}
+        with whole_folder(output, Path(args.output_dir) / "finished") as stage:
+            save_model(model, MMClfProcessor(processor, tokenizer), stage)
+            write_records(stage, config, prepared, reports, outcomes, record, args.save_predictions)
+        if not args.keep_checkpoints:
+            _remove_traces(Path(args.output_dir))
         print(f"\n{report_table(reports)}\n\nThreshold: {config.threshold:.4f}, fitted on the validation rows")
         print(f"Output folder: {output}\nLoad it with:")
         print(f'  import hf_mmclf; from transformers import AutoModel; model = AutoModel.from_pretrained("{output}")')
@@ -289,18 +300,18 @@ def _max_tokens(config: MMClfConfig, wanted: int) -> int:
     return min(wanted, getattr(config.text_config, "max_position_embeddings", wanted))
 
 
-def _settle_missing(config: MMClfConfig, prepared: PreparedData, say: Any) -> None:
+def _settle_missing(config: MMClfConfig, prepared: PreparedData, say: Any) -> dict[str, dict[str, int]]:
     """Says how many rows lack a picture or caption, and lets the model learn stand-ins if training rows do."""
-    if not (config.has_image and config.has_text):
-        return
-    for name, split in prepared.splits.items():
+    missing = {}
+    for name, split in prepared.splits.items() if config.has_image and config.has_text else ():
         cells = {"picture": picture_paths(split), "caption": split["text"][:]}
-        counts = {kind: sum(cell is None for cell in column) for kind, column in cells.items()}
+        counts = missing[name] = {kind: sum(cell is None for cell in column) for kind, column in cells.items()}
         if any(counts.values()):
             say(f"  {name}: {counts['picture']:,} rows without a picture, {counts['caption']:,} without a caption")
             if name == "train" and not config.learned_missing:
                 config.learned_missing = True
                 say("  learned vectors stand in for them (learned_missing)")
+    return missing
 
 
 def _augmentations(args: AugmentationArguments, processor: MMClfImageProcessor | None) -> tuple[Any, Any]:
@@ -321,53 +332,3 @@ def _fit_thresholds(config: MMClfConfig, scores: Any, references: Any, per_label
     if per_label:
         fitted = label_thresholds(scores, references)
         config.label_thresholds = {name: float(t) for name, t in zip(config.id2label.values(), fitted, strict=True)}
-
-
-def _write(
-    output: Path,
-    trainer: MMClfTrainer,
-    tokenizer: PreTrainedTokenizerBase | None,
-    processor: MMClfImageProcessor | None,
-    prepared: PreparedData,
-    reports: dict[str, Any],
-    predictions: dict[str, Any],
-    tokenizer_source: str | None,
-) -> None:
-    """Writes elsewhere, then moves, config.json last: without it a folder does not load, so none looks whole early."""
-    config, args = trainer.model.config, trainer.args
-    stage = Path(args.output_dir) / "finished"
-    shutil.rmtree(stage, ignore_errors=True)
-    trainer.model.save_pretrained(stage)
-    for part in (tokenizer, processor):
-        if part is not None:
-            part.save_pretrained(stage)
-    thresholds = {"threshold": config.threshold, "label_thresholds": config.label_thresholds}
-    training = {
-        "image_backbone": config.image_weights,
-        "text_backbone": config.text_weights,
-        "tokenizer": tokenizer_source,
-        "splits": prepared.split_source,
-        "rows": {name: len(split) for name, split in prepared.splits.items()},
-        "bad_images": prepared.bad_images,
-        "seed": args.seed,
-        "processes": args.world_size,
-        "best_validation_f1": trainer.state.best_metric,
-        "epochs": trainer.state.epoch,
-        "history": trainer.state.log_history,
-    }
-    dump = partial(json.dumps, indent=2, ensure_ascii=False)
-    (stage / "metrics.json").write_text(dump({**thresholds, **reports}), encoding="utf-8")
-    (stage / "training.json").write_text(dump(training), encoding="utf-8")
-    with (stage / "splits.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["split", "row"])
-        for name, split in prepared.splits.items():
-            writer.writerows([name, where] for where in split["where"][:])
-    if args.save_predictions:
-        for name, scores in predictions.items():
-            write_predictions(stage / f"predictions-{name}.csv", prepared.splits[name], scores, config)
-    for file in sorted(stage.iterdir(), key=lambda file: file.name == "config.json"):
-        file.replace(output / file.name)
-    stage.rmdir()
-    if not args.keep_checkpoints:
-        _remove_traces(Path(args.output_dir))

@@ -1,0 +1,197 @@
+"""Plots of what a model reaches, as PNG files for its card."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.metrics import average_precision_score, precision_recall_curve
+
+# Each file and what it shows, in the order of the card.
+PLOTS = {
+    "f1_by_threshold.png": "F1 against threshold",
+    "f1_by_label.png": "F1 of each label",
+    "precision_recall.png": "Precision against recall",
+    "training.png": "Loss and F1 over training",
+}
+
+# of Okabe and Ito, for all eyes to tell apart
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+STYLE = {
+    "figure.dpi": 110,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "text.parse_math": False,  # label names may hold dollar signs
+}
+SHOWN_LABELS = 80  # more bars make a picture that nobody can read
+
+Outcomes = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+def write_plots(
+    folder: Path,
+    outcomes: Outcomes,
+    per_label: Sequence[Mapping[str, Any]],
+    threshold: float,
+    history: Sequence[Mapping[str, Any]],
+    kept_epoch: float | None = None,
+) -> None:
+    r"""
+    Writes the files of `PLOTS`; that of training only if it has logged something.
+
+    Args:
+        folder (`Path`): Where they go.
+        outcomes (`Mapping[str, tuple[np.ndarray, np.ndarray]]`):
+            Scores and multi-hot labels by split, both `(rows, labels)`. The last split is the one that is reported.
+        per_label (`Sequence[Mapping]`): Figures of [`per_label_report`] of the last split, with `f1_at_0.5`.
+        threshold (`float`): The fitted global threshold.
+        history (`Sequence[Mapping]`): `Trainer`'s log.
+        kept_epoch (`float`, *optional*): When the checkpoint was saved that training ended with.
+    """
+    split, (scores, references) = list(outcomes.items())[-1]
+    with matplotlib.rc_context(STYLE):
+        figures = [
+            threshold_figure(outcomes, threshold),
+            label_figure(per_label, split),
+            precision_recall_figure(scores, references, per_label, split),
+            training_figure(history, kept_epoch),
+        ]
+        for name, figure in zip(PLOTS, figures, strict=True):
+            if figure is not None:
+                _save(figure, Path(folder) / name)
+
+
+def threshold_figure(outcomes: Outcomes, threshold: float) -> Figure:
+    """Micro- and macro-F1 of each split at every threshold."""
+    figure, axes = _figure(7, 3.8)
+    thresholds = np.linspace(0, 1, 201)
+    for (split, (scores, references)), line in zip(outcomes.items(), ("-", "--"), strict=False):
+        micro, macro = f1_by_threshold(scores, references, thresholds)
+        axes.plot(thresholds, micro, line, color=BLUE, label=f"micro, {split}")
+        axes.plot(thresholds, macro, line, color=VERMILLION, label=f"macro, {split}")
+    axes.axvline(0.5, color="0.55", linewidth=1, linestyle=":", label="0.5")
+    axes.axvline(threshold, color="black", linewidth=1, label=f"fitted on validation rows, {threshold:.3f}")
+    axes.set(xlabel="threshold", ylabel="F1", xlim=(0, 1), ylim=(0, 1.02), title=PLOTS["f1_by_threshold.png"])
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def f1_by_threshold(
+    scores: np.ndarray, references: np.ndarray, thresholds: Iterable[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Micro- and macro-F1 at each of the thresholds, counted as [`MultiLabelMetric`] does."""
+    references = np.asarray(references, dtype=bool)
+    predicted, hits = [], []
+    for threshold in thresholds:
+        above = scores >= threshold
+        predicted.append(above.sum(0))
+        hits.append((above & references).sum(0))
+    hits, both = np.array(hits), np.array(predicted) + references.sum(0)
+    # counts: where nothing is predicted and nothing true, there are no hits either, and F1 is 0
+    return 2 * hits.sum(1) / np.maximum(both.sum(1), 1), (2 * hits / np.maximum(both, 1)).mean(1)
+
+
+def label_figure(per_label: Sequence[Mapping[str, Any]], split: str) -> Figure:
+    """F1 of each label at the fitted thresholds as bars, and at 0.5 as marks; the best at the top."""
+    shown = sorted(per_label, key=lambda row: -row["support"])[:SHOWN_LABELS]
+    shown.sort(key=lambda row: (row["f1"], row["f1_at_0.5"]))
+    figure, axes = _figure(7, 1.2 + 0.2 * len(shown))
+    places = np.arange(len(shown))
+    axes.barh(places, [row["f1"] for row in shown], height=0.7, color=SKY, label="at the fitted threshold")
+    axes.plot(
+        [row["f1_at_0.5"] for row in shown], places, "D", color="black", markersize=3.5, linestyle="", label="at 0.5"
+    )
+    axes.set_yticks(places, [f"{_short(row['label'])} ({row['support']:,})" for row in shown])
+    axes.grid(axis="y", visible=False)
+    selection = "" if len(shown) == len(per_label) else f", the {len(shown)} most frequent"
+    title = f"{PLOTS['f1_by_label.png']}, {split} rows (their number in brackets{selection})"
+    axes.set(xlabel="F1", xlim=(0, 1.02), ylim=(-0.7, len(shown) - 0.3))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=STYLE["axes.titlesize"])
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=2)
+    return figure
+
+
+def precision_recall_figure(
+    scores: np.ndarray, references: np.ndarray, per_label: Sequence[Mapping[str, Any]], split: str
+) -> Figure:
+    """Precision against recall: of all decisions with the point of the fitted thresholds, and of up to 12 labels."""
+    figure, axes = _figure(7, 4.2)
+    references = np.asarray(references, dtype=bool)
+    looks = [(color, line) for line in ("-", "--") for color in (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)]
+    for i, row in enumerate(per_label if len(per_label) <= len(looks) else ()):
+        if not references[:, i].any():
+            continue  # nothing to recall
+        precision, recall, _ = precision_recall_curve(references[:, i], scores[:, i])
+        color, line = looks[i]
+        # the number first: legends leave out names that begin with an underscore
+        label = f"{row['average_precision']:.3f}  {_short(row['label'])}"
+        axes.plot(recall, precision, line, color=color, linewidth=1, drawstyle="steps-post", label=label)
+    if references.any():
+        flat = references.ravel(), scores.ravel()
+        precision, recall, _ = precision_recall_curve(*flat)
+        label = f"{average_precision_score(*flat):.3f}  all decisions"
+        axes.plot(recall, precision, color="black", linewidth=2, drawstyle="steps-post", label=label)
+        above = scores >= np.array([row["threshold"] for row in per_label])
+        hits = (above & references).sum()
+        point = hits / references.sum(), hits / max(above.sum(), 1)
+        axes.plot(*point, "o", color="black", markersize=7, label="at the fitted thresholds")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="average precision", alignment="left")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.02))
+    axes.set_title(f"{PLOTS['precision_recall.png']}, {split} rows")
+    return figure
+
+
+def training_figure(history: Sequence[Mapping[str, Any]], kept_epoch: float | None = None) -> Figure | None:
+    """Loss of training and validation rows, and F1 of validation rows, by epoch; `None` if nothing was logged."""
+
+    def curve(axes: Axes, key: str, look: str, color: str, label: str) -> None:
+        points = [(entry["epoch"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), look, color=color, markersize=3, label=label)
+
+    if not any(key in entry for entry in history for key in ("loss", "eval_loss")):
+        return None
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    loss, f1 = figure.subplots(1, 2)
+    curve(loss, "loss", "-", BLUE, "training rows")
+    curve(loss, "eval_loss", "o--", VERMILLION, "validation rows")
+    curve(f1, "eval_f1", "o-", BLUE, "micro")
+    curve(f1, "eval_f1_macro", "o--", VERMILLION, "macro")
+    for axes, title in ((loss, "Loss"), (f1, "F1 of validation rows, best threshold")):
+        axes.set(xlabel="epoch", title=title, ylim=(0, None if axes is loss else 1.02))
+        if kept_epoch is not None:
+            axes.axvline(kept_epoch, color="0.55", linewidth=1, linestyle=":", label="kept")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """A palette of 64 colours shows the same in a third of the bytes."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _short(name: str, length: int = 28) -> str:
+    """One line of a label's name."""
+    name = " ".join(name.split())
+    return name if len(name) <= length else f"{name[: length - 1]}…"
