@@ -25,7 +25,7 @@ _LAZY = {
     "best_threshold": "metrics",
     "config_from_preset": "presets",
     "demo_dataset": "demo",
-    "explain": "explain",
+    "explain": "explanation",
     "export_onnx": "export",
     "label_thresholds": "metrics",
     "parse_arguments": "arguments",

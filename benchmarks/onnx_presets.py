@@ -1,0 +1,102 @@
+"""Does every system export to ONNX, and how fast is it there? The poster's eighteen, with random weights.
+
+    python benchmarks/onnx_presets.py [--presets warmerdbert rest] [--rounds 10] [--int8]
+
+Prints of each preset the size of its file, the largest difference of a logit from the model's, the labels that differ
+on the sample, and the seconds that the export took; then, for one preset, pictures a second in batches of 16 through
+onnxruntime and in PyTorch, channels-last, one after the other in turn.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from hf_mmclf import (
+    MMClfForImageTextClassification,
+    MMClfImageProcessor,
+    MMClfProcessor,
+    config_from_preset,
+    demo_dataset,
+)
+from hf_mmclf.export import export_onnx
+from hf_mmclf.finished import FinishedModel
+from hf_mmclf.metrics import metrics_table
+from hf_mmclf.onnx_predict import OnnxClassifier
+from hf_mmclf.presets import PRESETS
+from hf_mmclf.tokenization import load_tokenizer
+
+TIMED = "warmerdbert"
+BATCH, LABELS, TOKENS = 16, 18, 16
+
+
+def random_model(preset: str, texts: list[str], folder: Path) -> FinishedModel:
+    """A preset with random weights, as if training had left it in `folder`."""
+    torch.manual_seed(0)
+    config = config_from_preset(preset, num_labels=LABELS)
+    image_processor = MMClfImageProcessor(size=224) if config.has_image else None
+    tokenizer = load_tokenizer("train", texts, 1000)[0] if config.has_text else None
+    model = MMClfForImageTextClassification(config).eval()
+    return FinishedModel(folder, model, MMClfProcessor(image_processor, tokenizer))
+
+
+def speeds(finished: FinishedModel, classifier: OnnxClassifier, rounds: int) -> dict[str, list[float]]:
+    """Pictures a second of each round."""
+    model = finished.model.to(memory_format=torch.channels_last)
+    batch = {
+        "pixel_values": torch.randn(BATCH, 3, 224, 224).contiguous(memory_format=torch.channels_last),
+        "input_ids": torch.randint(5, 500, (BATCH, TOKENS)),
+        "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.long),
+        "token_type_ids": torch.zeros(BATCH, TOKENS, dtype=torch.long),
+        "image_mask": torch.ones(BATCH, dtype=torch.bool),
+        "text_mask": torch.ones(BATCH, dtype=torch.bool),
+    }
+    arrays = {name: value.contiguous().numpy() for name, value in batch.items()}
+    ways = {"eager": lambda: model(**batch), "onnxruntime": lambda: classifier.session.run(["logits"], arrays)}
+    found = {name: [] for name in ways}
+    with torch.inference_mode():
+        for number in range(rounds + 2):  # two to warm up
+            for name, run in ways.items():
+                start = time.perf_counter()
+                run()
+                if number > 1:
+                    found[name].append(BATCH / (time.perf_counter() - start))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    posters = [name for name, preset in PRESETS.items() if preset.poster]
+    parser.add_argument("--presets", nargs="+", choices=posters, default=posters, help="Default: all of the poster.")
+    parser.add_argument("--rounds", type=int, default=10, help="Batches of each in the race (default: %(default)s).")
+    parser.add_argument("--int8", action="store_true", help="Quantise each, too.")
+    options = parser.parse_args()
+    texts = demo_dataset(300)["train"]["text"]
+    table, race = [], None
+    for preset in options.presets:
+        with tempfile.TemporaryDirectory() as scratch:
+            finished = random_model(preset, texts, Path(scratch))
+            start = time.perf_counter()
+            report = export_onnx(finished, quantize=options.int8)
+            seconds = time.perf_counter() - start
+            for file, figures in report.items():
+                row = {"preset": preset, "file": file, "MB": round(figures["megabytes"], 1)}
+                row["largest logit difference"] = f"{figures['largest_logit_difference']:.1e}"
+                row["labels changed"] = f"{figures['labels_changed']} of {figures['labels_compared']}"
+                table.append({**row, "seconds": round(seconds)})
+            if preset == TIMED:
+                race = speeds(finished, OnnxClassifier(Path(scratch, "onnx", "model.onnx")), options.rounds)
+    print("\n" + metrics_table(table))
+    if race:
+        ratios = [fast / slow for fast, slow in zip(race["onnxruntime"], race["eager"], strict=True)]
+        print(f"\n{TIMED}, batch {BATCH}, {torch.get_num_threads()} threads, median of {options.rounds} rounds:")
+        for name, values in race.items():
+            print(f"  {name}: {statistics.median(values):.1f} pictures a second")
+        print(f"  ratio {statistics.median(ratios):.2f} (lowest {min(ratios):.2f}, highest {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()

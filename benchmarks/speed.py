@@ -1,0 +1,379 @@
+"""How fast, against the loop people write by hand (`baseline.py`) and against the bare model.
+
+    python benchmarks/speed.py WHAT [--rounds 3] [--steps N] [--preset NAME] [--rows N]
+
+WHAT is one of
+
+    training    JPEG to optimizer step, against the baseline and against the same step on tensors in memory
+    frozen      the same where both backbones are frozen (densitybert), first epoch
+    loading     training rows a second and core, against the baseline's
+    evaluation  `FinishedModel.scores` from files, against the bare forward pass
+    pipeline    `pipeline` on a list of files, against the bare forward pass
+    memory      peak memory of a training process, against the baseline's, also with activation checkpointing
+    growth      seconds a row with a table of 10,000 rows, against one of 1,000
+    startup     a table of 1,000,000 rows read, checked, encoded and split: seconds and memory
+    all         each of these in a process of its own
+
+What is compared takes turns, --rounds times; the ratio is the median over the rounds, with the smallest and largest.
+Everything runs on the CPU, in batches of 16, from 640 px JPEGs: `../shared/data/coco301` where that is, else drawn.
+"Bare" is the fastest eager way: channels-last, tensors in memory, fused AdamW.
+"""
+
+import argparse
+import copy
+import csv
+import dataclasses
+import itertools
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cached_property, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import baseline
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainerCallback
+
+from hf_mmclf import FinishedModel, MMClfProcessor, MMClfTrainer, demo_dataset, parse_arguments, pipeline
+from hf_mmclf.arguments import machine_defaults
+from hf_mmclf.augmentation import ImageAugmentation, TextAugmentation
+from hf_mmclf.batches import Collator, EvaluationImageTransform, RowTransform
+from hf_mmclf.data import DataArguments, prepare_data
+from hf_mmclf.metrics import metrics_table
+from hf_mmclf.sources import read_table
+from hf_mmclf.tokenization import load_tokenizer
+from hf_mmclf.training import build_config, build_image_processor, build_model, parameter_groups
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+BATCH = 16
+SKIPPED = 4  # first steps, in which workers start and buffers fill
+AHEAD = 10  # batches more than are measured, so that loading never rests before the end
+
+
+class Clock(TrainerCallback):
+    """The time at which each step ends."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    @property
+    def rate(self) -> float:
+        """Rows a second after the first steps."""
+        times = self.times[SKIPPED:]
+        return BATCH * (len(times) - 1) / (times[-1] - times[0])
+
+
+class Workload:
+    """A preset from scratch on real or drawn pictures, with all that `hf_mmclf.train` would make of its arguments.
+
+    Args:
+        preset (`str`): A preset with both modalities.
+        steps (`int`): Steps to measure, after the first few.
+        flags (`str`): More arguments of a training run.
+        rows (`int`, *optional*): Rows of the table, which repeats the pictures; by default enough for the steps.
+    """
+
+    def __init__(self, preset: str, steps: int, *flags: str, rows: int | None = None):
+        self._scratch = tempfile.TemporaryDirectory()  # goes with the workload
+        self.steps, self.all_steps = steps, steps + SKIPPED + 1
+        source, self.folder = pictures(Path(self._scratch.name))
+        count = rows or (self.all_steps + AHEAD) * BATCH * 5 // 4  # a fifth is held out
+        table = source.select([row % len(source) for row in range(count)])
+        prepared = prepare_data(DataArguments(image_dir=str(self.folder)), sources={"train": table})
+        self.rows = prepared.splits["train"]
+        self.measured = self.rows.select(range(min(steps * BATCH, len(self.rows)))).remove_columns("labels")
+
+        vocabulary = SHARED / "bert_vocab" / "vocab.txt"
+        given = ["--preset", preset, "--from_scratch", "--output_dir", f"{self._scratch.name}/output"]
+        given += ["--tokenizer", str(vocabulary) if vocabulary.is_file() else "train"]
+        given += ["--per_device_train_batch_size", str(BATCH), "--max_steps", str(self.all_steps)]
+        given += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+        model_args, _, strengths, self.args = parse_arguments([*given, "--disable_tqdm", "true", *flags])
+        config = build_config(model_args)
+        config.id2label = dict(enumerate(prepared.labels.names))
+        tokenizer, _ = load_tokenizer(model_args.tokenizer, self.rows["text"], model_args.vocab_size)
+        positions = config.text_config.max_position_embeddings
+        tokenizer.model_max_length = min(model_args.max_tokens, positions)
+        self.model = build_model(config, model_args, tokenizer)
+        known = build_image_processor(self.model, model_args.image_size)
+        self.processor, size = MMClfProcessor(known, tokenizer), known.size["longest_edge"]
+        self.collator = Collator(tokenizer, tokenizer.model_max_length, size)
+
+        self.strength = dataclasses.asdict(strengths)
+        swap = self.strength.pop("swap_words")
+        augmentation = ImageAugmentation.from_processor(known, **self.strength)
+        self.augmented = self.rows.with_transform(RowTransform(self.folder, augmentation, TextAugmentation(swap)))
+        by_hand = baseline.augmentation(size, known.image_mean, known.image_std, **self.strength)
+        plain_rows = self.rows.to_list()
+        self.by_hand = baseline.CaptionedPictures(plain_rows, self.folder, by_hand, tokenizer, positions, swap)
+
+    def trainer(self, *callbacks: TrainerCallback) -> MMClfTrainer:
+        trainer = MMClfTrainer(self.model, self.args, self.collator, self.augmented, callbacks=list(callbacks))
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def ours(self) -> float:
+        """Rows a second of a training run."""
+        clock = Clock()
+        self.trainer(clock).train()
+        return clock.rate
+
+    @cached_property
+    def plain_model(self) -> nn.Module:
+        return baseline.frozen_by_hand(self.model)
+
+    def baseline(self) -> float:
+        """Rows a second of the loop written by hand."""
+        steps, clock = baseline.train(self.plain_model, baseline.loader(self.by_hand, BATCH)), Clock()
+        for _ in itertools.islice(steps, self.all_steps):
+            clock.on_step_end()
+        return clock.rate
+
+    @cached_property
+    def bare_model(self) -> nn.Module:
+        return copy.deepcopy(self.model).to(memory_format=torch.channels_last)
+
+    @cached_property
+    def training_batches(self) -> list[dict[str, torch.Tensor]]:
+        return in_memory(itertools.islice(self.trainer().get_train_dataloader(), 8))
+
+    def bare_step(self) -> float:
+        """Rows a second of the optimizer step on tensors in memory."""
+        model, clock = self.bare_model.train(), Clock()
+        optimizer = torch.optim.AdamW(parameter_groups(model, self.args), fused=True)
+        for batch in itertools.islice(itertools.cycle(self.training_batches), self.all_steps):
+            model(**batch).loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            clock.on_step_end()
+        return clock.rate
+
+    @cached_property
+    def evaluation_batches(self) -> list[dict[str, torch.Tensor]]:
+        transform = RowTransform(self.folder, EvaluationImageTransform(self.processor.image_processor))
+        return in_memory(DataLoader(self.measured.with_transform(transform), BATCH, collate_fn=self.collator))
+
+    @torch.inference_mode()
+    def bare_forward(self) -> float:
+        """Rows a second of the forward pass on tensors in memory."""
+        model, batches = self.bare_model.eval(), self.evaluation_batches
+        model(**batches[0])
+        return self.rate_of(lambda: [model(**batch).logits for batch in batches])
+
+    def scores(self) -> float:
+        """Rows a second of `FinishedModel.scores`."""
+        finished = FinishedModel(self.folder, self.model.eval(), self.processor)
+        return self.rate_of(lambda: finished.scores(self.measured, self.folder, BATCH))
+
+    def pipeline(self) -> float:
+        """Rows a second of `pipeline` on a list of files."""
+        pipe = pipeline(self.model, processor=self.processor, device="cpu")
+        files = [str(self.folder / name) for name in self.measured["image"]]
+        records = [{"image": file, "text": text} for file, text in zip(files, self.measured["text"], strict=True)]
+        workers = machine_defaults()["dataloader_num_workers"]
+        return self.rate_of(lambda: pipe(records, batch_size=BATCH, num_workers=workers))
+
+    def rate_of(self, work: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        work()
+        return len(self.measured) / (time.perf_counter() - began)
+
+
+def in_memory(batches: Iterable[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """Batches as the bare model takes them."""
+    channels_last = torch.channels_last
+    return [
+        {name: x.contiguous(memory_format=channels_last) if x.ndim == 4 else x for name, x in batch.items()}
+        for batch in batches
+    ]
+
+
+def pictures(scratch: Path) -> tuple[Dataset, Path]:
+    """Rows with `image`, `text`, `labels` and `where`, and the folder of their pictures."""
+    real = SHARED / "coco301"
+    if real.is_dir():
+        columns = {"ImageID": "image", "Caption": "text", "Labels": "labels"}
+        return read_table(real / "all.csv").rename_columns(columns), real / "data"
+    drawn = concatenate_datasets(list(demo_dataset(rows=100, size=640).values()))
+    names = [f"{row}.jpg" for row in range(len(drawn))]
+    for name, picture in zip(names, drawn["image"], strict=True):
+        picture.save(scratch / name, quality=90)
+    return Dataset.from_dict({**drawn.select_columns(["text", "labels"])[:], "image": names, "where": names}), scratch
+
+
+def take_turns(rounds: int, **runs: Callable[[], float]) -> dict[str, list[float]]:
+    """The figure of each run in each round."""
+    figures: dict[str, list[float]] = {name: [] for name in runs}
+    for name, run in [*runs.items()] * rounds:
+        figures[name].append(run())
+        print(f"  {name}: {figures[name][-1]:.2f}", file=sys.stderr)
+    return figures
+
+
+def compare(figures: dict[str, list[float]], one: str, other: str, unit: str, target: str) -> dict[str, Any]:
+    """A line of a table: the medians of two runs and their ratio over the rounds."""
+    ratios = [a / b for a, b in zip(figures[one], figures[other], strict=True)]
+    line = {"compared": f"{one} : {other}".replace("_", " "), "unit": unit}
+    line |= {"first": statistics.median(figures[one]), "second": statistics.median(figures[other])}
+    return line | {"ratio": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "target": target}
+
+
+def training(options: argparse.Namespace, preset: str = "warmerdbert", target: str = ">= 2.2") -> list[dict]:
+    work = Workload(options.preset or preset, options.steps or 20)
+    figures = take_turns(options.rounds, ours=work.ours, baseline=work.baseline, bare_step=work.bare_step)
+    return [
+        compare(figures, "ours", "baseline", "rows/s", target),
+        compare(figures, "ours", "bare_step", "rows/s", ">= 0.85"),
+    ]
+
+
+def loading(options: argparse.Namespace) -> list[dict]:
+    work = Workload(options.preset or "warmerdbert", options.steps or 20, "--dataloader_num_workers", "0")
+    torch.set_num_threads(1)
+
+    def rate(loader: Iterable[dict[str, torch.Tensor]]) -> float:
+        batches = iter(loader)
+        next(batches)
+        began = time.process_time()  # of the processor: what a second of one core gives
+        rows = sum(len(batch["labels"]) for batch in itertools.islice(batches, work.steps))
+        return rows / (time.process_time() - began)
+
+    by_hand = baseline.loader(work.by_hand, BATCH, workers=0)
+    runs = {"ours": partial(rate, work.trainer().get_train_dataloader()), "baseline": partial(rate, by_hand)}
+    return [compare(take_turns(options.rounds, **runs), "ours", "baseline", "rows/s and core", ">= 2.3")]
+
+
+def against_bare_forward(options: argparse.Namespace, run: str, target: str) -> list[dict]:
+    work = Workload(options.preset or "warmerdbert", options.steps or 20)
+    figures = take_turns(options.rounds, **{run: getattr(work, run)}, bare_forward=work.bare_forward)
+    return [compare(figures, run, "bare_forward", "rows/s", target)]
+
+
+def memory(options: argparse.Namespace) -> list[dict]:
+    measure = partial(in_child, peak_of_training, options.preset or "warmerdbert", options.steps or 5)
+    runs = {"ours": partial(measure, "ours"), "baseline": partial(measure, "baseline")}
+    checkpointing = partial(measure, "ours", "--activation_checkpointing", "true")
+    try:
+        checkpointing()
+        runs["checkpointing"] = checkpointing
+    except ValueError as error:
+        print(f"  no activation checkpointing: {error}", file=sys.stderr)
+    figures = take_turns(options.rounds, **runs)
+    targets = {"ours": "<= 1.0", "checkpointing": "<= 0.7"}
+    return [compare(figures, one, "baseline", "MiB", targets[one]) for one in targets if one in figures]
+
+
+def peak_of_training(preset: str, steps: int, run: str, *flags: str) -> float:
+    work = Workload(preset, steps, *flags)
+    if run == "baseline":
+        work.plain_model, work.model = baseline.frozen_by_hand(work.model), None  # one model, as in ours
+    getattr(work, run)()
+    return peak_memory()
+
+
+def growth(options: argparse.Namespace) -> list[dict]:
+    preset, steps = options.preset or "demo", options.steps or 10_000 // BATCH
+    few, many = (Workload(preset, steps, rows=rows) for rows in (1_000, 10_000))
+    figures = take_turns(options.rounds, ten_thousand=many.ours, one_thousand=few.ours)
+    return [compare(figures, "ten_thousand", "one_thousand", "rows/s", ">= 1.0")]
+
+
+def startup(options: argparse.Namespace) -> list[dict]:
+    with tempfile.TemporaryDirectory() as scratch:
+        table = write_large_table(Path(scratch), options.rows)
+        runs = [in_child(start, table) for _ in range(options.rounds)]
+    lines = []
+    for figures, unit, target in zip(zip(*runs, strict=True), ("s", "MiB more"), ("<= 30", "<= 1024"), strict=True):
+        line = {"rows": options.rows, "unit": unit, "median": statistics.median(figures)}
+        lines.append(line | {"min": min(figures), "max": max(figures), "target": target})
+    return lines
+
+
+def write_large_table(folder: Path, rows: int) -> Path:
+    """Rows that each name a picture of their own: 1,000 links to one file, in a folder with a name for each 1,000."""
+    source, drawn = pictures(folder)
+    captions, draw = source["text"][:], random.Random(0)
+    real = folder / "0"
+    real.mkdir()
+    shutil.copy(drawn / source["image"][0], real / "0.jpg")
+    for number in range(1, 1_000):
+        (real / f"{number}.jpg").hardlink_to(real / "0.jpg")
+    for number in range(1, -(-rows // 1_000)):
+        (folder / str(number)).symlink_to(real, target_is_directory=True)
+    with (folder / "all.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["ImageID", "Labels", "Caption"])
+        for row in range(rows):
+            labels = draw.sample(range(18), draw.randint(1, 3))
+            picture = f"{row // 1_000}/{row % 1_000}.jpg"
+            writer.writerow([picture, " ".join(map(str, labels)), captions[row % len(captions)]])
+    return folder / "all.csv"
+
+
+def start(table: Path) -> tuple[float, float]:
+    """Seconds and further MiB that it takes until training could begin."""
+    before, began = peak_memory(), time.perf_counter()
+    prepare_data(DataArguments(data=str(table)))
+    return time.perf_counter() - began, peak_memory() - before
+
+
+def in_child(function: Callable, *args: Any) -> Any:
+    """What a function returns in a fresh process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def peak_memory() -> float:
+    """Largest resident memory that this process has had, in MiB (Linux)."""
+    # not ru_maxrss: what a child has of it starts at what its parent held
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[dict]]] = {
+    "training": training,
+    "frozen": partial(training, preset="densitybert", target=">= 2.5"),
+    "loading": loading,
+    "evaluation": partial(against_bare_forward, run="scores", target=">= 0.85"),
+    "pipeline": partial(against_bare_forward, run="pipeline", target=">= 0.8"),
+    "memory": memory,
+    "growth": growth,
+    "startup": startup,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=[*BENCHMARKS, "all"], help="What to measure.")
+    parser.add_argument("--rounds", type=int, default=3, help="Runs of each (default: %(default)s).")
+    parser.add_argument("--steps", type=int, help="Measured steps of each run (default: 20; memory 5, growth 625).")
+    parser.add_argument("--preset", help="Default: warmerdbert; frozen: densitybert; growth: demo.")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="Of the table of startup (default: %(default)s).")
+    options = parser.parse_args()
+    if options.what == "all":
+        rest = [argument for argument in sys.argv[1:] if argument != "all"]
+        for what in BENCHMARKS:
+            subprocess.run([sys.executable, __file__, what, *rest], check=True)
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Trainer would take an accelerator where there is one
+    print(f"\n{options.what}\n{metrics_table(BENCHMARKS[options.what](options))}")
+
+
+if __name__ == "__main__":
+    main()
