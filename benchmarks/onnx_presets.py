@@ -83,7 +83,7 @@ def main() -> None:
             report = export_onnx(finished, quantize=options.int8)
             seconds = time.perf_counter() - start
             for file, figures in report.items():
-                row = {"preset": preset, "file": file, "MB": round(figures["megabytes"], 1)}
+                row = {"preset": preset, "file": file, "MB": f"{figures['megabytes']:.1f}"}
                 row["largest logit difference"] = f"{figures['largest_logit_difference']:.1e}"
                 row["labels changed"] = f"{figures['labels_changed']} of {figures['labels_compared']}"
                 table.append({**row, "seconds": round(seconds)})

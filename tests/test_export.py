@@ -166,37 +166,38 @@ def test_image_model(tmp_path):
 
 
 class Classify(torch.nn.Module):
-    """What stands behind the backbones, with tensors alone as arguments."""
+    """What stands behind the backbones, of several models at once, with tensors alone as arguments."""
 
-    def __init__(self, model):
+    def __init__(self, models):
         super().__init__()
-        self.model = model
+        self.models = torch.nn.ModuleList(models)
 
     def forward(self, image, image_mask, text, text_mask):
-        return self.model.classify((image, image_mask), (text, text_mask))
+        return torch.stack([model.classify((image, image_mask), (text, text_mask)) for model in self.models])
 
 
 @pytest.mark.filterwarnings("ignore:# The axis name")
-@pytest.mark.parametrize("fusion, cells", [("self", 4), ("cross_text", 1), ("cross_image", 1), ("concat", 4)])
-def test_every_fusion_exports_with_any_number_of_rows_and_tokens(fusion, cells, tiny_model):
-    model = tiny_model(fusion=fusion, fusion_norm=True, projection_norm=True)
-    image_width, text_width = model.missing_image.width, model.missing_text.width
+def test_every_fusion_exports_with_any_number_of_rows_and_tokens(tiny_model):
+    options = dict(fusion_norm=True, projection_norm=True, learned_missing=True)
+    models = [tiny_model(fusion=fusion, **options) for fusion in ("self", "cross_text", "cross_image", "concat")]
+    classify = Classify(models).eval()
 
-    def batch(rows, length):
-        image, text = torch.randn(rows, cells, image_width), torch.randn(rows, length, text_width)
-        image_mask = torch.arange(rows) != 1
+    def batch(rows, length, cells):
+        image = torch.randn(rows, cells, models[0].missing_image.width)
+        text = torch.randn(rows, length, models[0].missing_text.width)
+        image_mask = (torch.arange(rows) != 1)[:, None].expand(rows, cells)
         text_mask = torch.arange(length) < torch.arange(rows, 0, -1)[:, None] - 1  # the last row has no caption
-        return dict(image=image, image_mask=image_mask[:, None].expand(rows, cells), text=text, text_mask=text_mask)
+        return dict(image=image, image_mask=image_mask, text=text, text_mask=text_mask)
 
-    rows, length = torch.export.Dim("batch"), torch.export.Dim("tokens", max=32)
-    shapes = {name: {0: rows, **({1: length} if "text" in name else {})} for name in batch(2, 3)}
+    rows, cells, length = torch.export.Dim("batch"), torch.export.Dim("cells"), torch.export.Dim("tokens", max=32)
+    shapes = {name: {0: rows, 1: length if "text" in name else cells} for name in batch(2, 3, 4)}
     program = torch.onnx.export(
-        Classify(model).eval(), kwargs=batch(2, 3), dynamic_shapes=shapes, dynamo=True, verbose=False, optimize=False
+        classify, kwargs=batch(2, 3, 4), dynamic_shapes=shapes, dynamo=True, verbose=False, optimize=False
     )
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    for inputs in (batch(3, 7), batch(1, 1), batch(5, 2)):
+    for inputs in (batch(3, 7, 4), batch(1, 1, 1), batch(5, 2, 1)):
         found = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
-        np.testing.assert_allclose(found, Classify(model)(**inputs).detach(), atol=1e-5)
+        np.testing.assert_allclose(found, classify(**inputs).detach(), atol=1e-5)
 
 
 def test_embedded_rows_have_labels_for_a_model_that_has_theirs(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, BertConfig, BertForPreTraining, BertModel
 
 from hf_mmclf import MMClfConfig, MMClfForImageTextClassification
+from hf_mmclf.presets import config_from_preset
 
 KINDS = ("self", "cross_text", "cross_image", "concat")
 EVERY_FUSION = [
@@ -592,3 +593,15 @@ def test_loading_fills_what_the_file_lacks(tiny_model, tmp_path):
     assert not loaded.classifier.bias.any()
     for vector in (loaded.missing_image.vector, loaded.missing_text.vector):
         assert 0 < vector.std() < 0.1
+
+
+@pytest.mark.parametrize("preset", ["demo", "demo-image", "demo-text"])
+def test_presets_are_one_graph(preset):
+    torch.compiler.reset()  # compiled variants of one forward are limited in number
+    model = MMClfForImageTextClassification(config_from_preset(preset, num_labels=3)).eval()
+    batch = {"pixel_values": torch.randn(2, 3, 64, 64)} if model.config.has_image else {}
+    if model.config.has_text:
+        batch["input_ids"] = torch.randint(5, 60, (2, 7))
+    batch["labels"] = torch.ones(2, 3)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
