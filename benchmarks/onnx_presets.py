@@ -38,8 +38,10 @@ def random_model(preset: str, texts: list[str], folder: Path) -> FinishedModel:
     torch.manual_seed(0)
     config = config_from_preset(preset, num_labels=LABELS)
     image_processor = MMClfImageProcessor(size=224) if config.has_image else None
-    tokenizer = load_tokenizer("train", texts, 1000)[0] if config.has_text else None
     model = MMClfForImageTextClassification(config).eval()
+    tokenizer = load_tokenizer("train", texts, 1000)[0] if config.has_text else None
+    if tokenizer is not None:
+        tokenizer.model_max_length = model.max_tokens
     return FinishedModel(folder, model, MMClfProcessor(image_processor, tokenizer))
 
 

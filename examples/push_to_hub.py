@@ -27,7 +27,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch, "model")
-        shutil.copytree(args.folder, copy, ignore=shutil.ignore_patterns("checkpoints"))
+        shutil.copytree(
+            args.folder, copy, ignore=shutil.ignore_patterns("checkpoints", "onnx")
+        )  # whose threshold is the old one
         config = AutoConfig.from_pretrained(copy)
         note = (
             f"Threshold {args.threshold:g} for all labels. The figures below are for the fitted {config.threshold:g}."

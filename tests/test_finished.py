@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -69,6 +70,26 @@ def test_saving_keeps_what_is_in_the_folder(folders, tmp_path):
     assert FinishedModel.load(tmp_path).model.config.threshold == 0.7
     assert (tmp_path / "README.md").read_text() == "my own card"
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_the_card_has_the_figures_that_are_there(folders, table, tmp_path):
+    finished = FinishedModel.load(folders["both"])
+    prepared = finished.prepare(DataArguments(str(table)))
+    figures = finished.evaluate(prepared.splits["train"], prepared.folder)
+    (tmp_path / "metrics.json").write_text(json.dumps({"test": figures}))
+    save_for_hub(finished.model, finished.processor, tmp_path)
+    f1 = {result.metric_value for result in ModelCard.load(tmp_path / "README.md").data.eval_results}
+    assert round(figures["fitted"]["f1"], 4) in f1
+
+
+def test_parts_of_another_model_are_refused(folders, tmp_path):
+    text, image = (FinishedModel.load(folders[kind]) for kind in ("text", "image"))
+    save_for_hub(text.model, text.processor, tmp_path)
+    with pytest.raises(FileExistsError, match="has tokenizer.json, tokenizer_config.json of another model"):
+        save_for_hub(image.model, image.processor, tmp_path)
+    (tmp_path / "onnx").mkdir()
+    with pytest.raises(FileExistsError, match="has onnx of another model"):
+        save_for_hub(text.model, text.processor, tmp_path)
 
 
 def test_a_folder_that_could_not_be_written_does_not_load(folders, tmp_path, monkeypatch):

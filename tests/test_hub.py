@@ -38,7 +38,15 @@ model-index:
 `AutoModel.from_pretrained("{PLACEHOLDER}")`
 """
 SENT = {
-    *("README.md", "config.json", "model.safetensors", "f1.png", "metrics.json", "splits.csv", "onnx/model.onnx"),
+    *(
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "f1_by_label.png",
+        "metrics.json",
+        "splits.csv",
+        "onnx/model.onnx",
+    ),
     *("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
     *(f"{name}_mmclf.py" for name in ("configuration", "image_processing", "modeling", "pipeline", "processing")),
 }
@@ -53,7 +61,7 @@ def original(tmp_path_factory):
     (folder / "README.md").write_text(CARD, encoding="utf-8")
     (folder / "metrics.json").write_text("{}", encoding="utf-8")
     (folder / "splits.csv").write_text("split,row\n", encoding="utf-8")
-    (folder / "f1.png").write_bytes(b"\x89PNG\0")
+    (folder / "f1_by_label.png").write_bytes(b"\x89PNG\0")
     for path in ["onnx/model.onnx", *KEPT]:
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_bytes(b"\0" + path.encode() * 50)
@@ -147,13 +155,13 @@ def test_revision_and_tag(hub, folder, push):
     push(tag="v1")
     repo = hub.model(NAME)
     set_threshold(folder, 0.6)
-    (folder / "f1.png").unlink()
+    (folder / "f1_by_label.png").unlink()
     push(revision="precise", tag="v2")
     push(revision="precise")
     thresholds = {name: json.loads(repo.files(name)["config.json"])["threshold"] for name in ("main", "precise")}
     assert thresholds == {"main": 0.3, "precise": 0.6}
     assert repo.tags == {"v1": repo.branches["main"], "v2": repo.branches["precise"]}
-    assert set(repo.files("precise")) == {".gitattributes", *SENT} - {"f1.png"}
+    assert set(repo.files("precise")) == {".gitattributes", *SENT} - {"f1_by_label.png"}
     assert len(list(repo.history("precise"))) == 2  # on the initial commit, not on that of main
     set_threshold(folder, 0.7)
     push(revision="precise")
@@ -179,11 +187,11 @@ def test_the_next_model_takes_the_place_of_the_last(hub, folder, push):
     push()
     repo, api = hub.model(NAME), HfApi(endpoint=hub.endpoint, token=hub.token)
     api.upload_file(path_or_fileobj=b"MIT", path_in_repo="LICENSE", repo_id=NAME)
-    for path in ("f1.png", "onnx/model.onnx", "splits.csv"):
+    for path in ("f1_by_label.png", "onnx/model.onnx", "splits.csv"):
         (folder / path).unlink()
     set_threshold(folder, 0.6)
     push()
-    removed = {"f1.png", "onnx/model.onnx", "splits.csv"}
+    removed = {"f1_by_label.png", "onnx/model.onnx", "splits.csv"}
     assert set(repo.files()) == {".gitattributes", "LICENSE", *SENT} - removed
     assert len(list(repo.history())) == 4
     assert set(uploads(hub).values()) == {1} and uploads(hub).total() == 3
@@ -253,7 +261,7 @@ def test_a_push_that_came_between_is_not_undone(hub, push, monkeypatch):
 
     def list_and_lose_the_race(*args, **options):
         files = list_files(*args, **options)
-        api.create_commit(NAME, [CommitOperationAdd("f1.png", b"of another")], commit_message="Faster")
+        api.create_commit(NAME, [CommitOperationAdd("f1_by_label.png", b"of another")], commit_message="Faster")
         return files
 
     monkeypatch.setattr(HfApi, "list_repo_files", list_and_lose_the_race)
@@ -261,7 +269,7 @@ def test_a_push_that_came_between_is_not_undone(hub, push, monkeypatch):
         OSError, match=f"{NAME} has changed meanwhile and was left alone; look, then run the same again"
     ):
         push()
-    assert hub.model(NAME).files()["f1.png"] == b"of another"
+    assert hub.model(NAME).files()["f1_by_label.png"] == b"of another"
 
 
 class TestToken:

@@ -189,13 +189,27 @@ def test_bad_inputs_are_named():
             run(bad)
 
 
+def test_pixels_between_0_and_1_are_refused():
+    """They would all be nearly black; floats up to 255 are pixels like others."""
+    pixels = np.array(noise(224, 224))
+    for floats in (pixels / 255, torch.from_numpy(pixels) / 255):
+        with pytest.raises(ValueError, match="between 0 and 1; expected 0 to 255"):
+            run(floats)
+    torch.testing.assert_close(run(pixels.astype(np.float32)), run(pixels))
+
+
+def test_grey_arrays():
+    grey = noise(20, 30, "L")
+    assert torch.equal(run(np.array(grey)), run(np.array(grey)[..., None]))
+
+
 def test_encoded_bytes_and_undecoded_cells_are_the_picture(tmp_path):
     picture = noise(20, 30)
     path = tmp_path / "a.png"
     picture.save(path)
     data, expected = path.read_bytes(), run(picture)
     cells = [{"bytes": data, "path": "elsewhere.png"}, {"bytes": None, "path": str(path)}]
-    for given in (data, bytearray(data), memoryview(data), *cells):
+    for given in (data, bytearray(data), memoryview(data), BytesIO(data), *cells):
         assert torch.equal(run(given), expected)
 
 

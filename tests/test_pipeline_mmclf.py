@@ -2,6 +2,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -11,7 +12,14 @@ from PIL import Image
 from tiny_folder import CAPTIONS, NAMES, write_folder, write_table
 
 import hf_mmclf
-from hf_mmclf import FinishedModel, ImageTextClassificationPipeline
+from hf_mmclf import (
+    FinishedModel,
+    ImageTextClassificationPipeline,
+    MMClfConfig,
+    MMClfForImageTextClassification,
+    MMClfProcessor,
+)
+from hf_mmclf.pipeline_mmclf import TASK
 
 KINDS = ["both", "image", "text"]
 
@@ -120,6 +128,35 @@ def test_every_form_of_a_picture(pipe, pictures, expected):
     assert close(pipe(**columns, return_all_scores=True), [expected[2]] * 2)
     columns["image"] = np.stack([array, array])
     assert close(pipe(**columns, return_all_scores=True), [expected[2]] * 2)
+
+
+def test_tables_of_pandas_are_read_by_place(pipe, records, expected):
+    frame = pd.DataFrame(records).iloc[[2, 0, 1]]  # its index is 2, 0, 1
+    wanted = [expected[row] for row in (2, 0, 1)]
+    assert close(pipe(frame, return_all_scores=True), wanted)
+    assert close(pipe(image=frame["image"], text=frame["text"], return_all_scores=True), wanted)
+
+
+def test_saved_without_the_package_being_asked_it_is_still_whole(pipe, tmp_path, records):
+    """A class that was loaded from a folder saves its code too."""
+    pipe.save_pretrained(tmp_path / "first")
+    remote = transformers.pipeline(TASK, model=str(tmp_path / "first"), trust_remote_code=True, device="cpu")
+    assert type(remote) is not ImageTextClassificationPipeline
+    remote.save_pretrained(tmp_path / "second")
+    again = transformers.pipeline(TASK, model=str(tmp_path / "second"), trust_remote_code=True, device="cpu")
+    assert close(again(records), pipe(records))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_positions_that_a_text_backbone_really_has(model_type, tmp_path):
+    """RoBERTa's first position has the number after the padding's; its tokenizer here knows no limit."""
+    folder = write_folder(tmp_path, "text", text_pooling="mean")
+    tokenizer = FinishedModel.load(folder).processor.tokenizer
+    config = dict(model_type=model_type, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config |= dict(intermediate_size=32, max_position_embeddings=16, pad_token_id=1, vocab_size=len(tokenizer))
+    model = MMClfForImageTextClassification(MMClfConfig(text_config=config, text_pooling="mean", id2label=NAMES))
+    assert model.max_tokens == (16 if model_type == "bert" else 14)
+    assert hf_mmclf.pipeline(model, processor=MMClfProcessor(tokenizer=tokenizer))(text="a man " * 50, top_k=1)
 
 
 def test_a_missing_picture_or_caption(pipe, pictures, folders):

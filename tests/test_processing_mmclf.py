@@ -63,8 +63,9 @@ def test_arrays_instead_of_tensors(processor):
 def test_bad_input_is_named(processor):
     with pytest.raises(ValueError, match="neither image_processor nor tokenizer"):
         MMClfProcessor()
-    with pytest.raises(ValueError, match="neither images nor text"):
-        processor()
+    for nothing in ({}, dict(images=[], text=[])):
+        with pytest.raises(ValueError, match="neither images nor text"):
+            processor(**nothing)
     with pytest.raises(ValueError, match="got 3 images and 1 texts; expected as many"):
         processor(images=PICTURES, text="a dog")
     with pytest.raises(ValueError, match="got images, but this model has no image backbone"):

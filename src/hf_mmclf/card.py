@@ -344,8 +344,10 @@ def _limits_of_figures(reports: Mapping[str, Any]) -> list[str]:
     limits = []
     split, report = list(reports.items())[-1]
     rows, figures, labels = report["rows"], report["fitted"], report["per_label"]
-    if split == "test":
-        validation = reports["validation"]
+    validation = reports.get("validation")
+    if split == "test" and validation is None:
+        limits.append("The threshold was fitted on other rows than the test rows, of which these figures are.")
+    elif split == "test":
         limits.append(
             f"The threshold was fitted, and the checkpoint chosen, on the {validation['rows']:,} validation rows "
             f"(micro-F1 {validation['fitted']['f1']:.3f} there, {figures['f1']:.3f} on the test rows). Data with "

@@ -281,11 +281,12 @@ def _prepare_caption(
     tokenizer: Any, text: str, spans: list[tuple[int, int]], model: MMClfForImageTextClassification
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The model's inputs for the caption, and for each word in `spans` which tokens are pieces of it: (W, T)."""
-    positions = getattr(model.config.text_config, "max_position_embeddings", tokenizer.model_max_length)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} does not tell which characters its tokens stand for")
     inputs = tokenizer(
         text,
         truncation=True,
-        max_length=min(tokenizer.model_max_length, positions),
+        max_length=min(tokenizer.model_max_length, model.max_tokens),
         return_offsets_mapping=True,
         return_tensors="pt",
     )

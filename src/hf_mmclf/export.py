@@ -149,7 +149,8 @@ def _write(finished: FinishedModel, path: Path, batch: Batch) -> None:
     inputs = dict(_inputs(finished, two))
     if not (config.has_image and config.has_text):
         inputs = {name: value for name, value in inputs.items() if name not in ("image_mask", "text_mask")}
-    count, length = torch.export.Dim("batch"), torch.export.Dim("tokens", max=finished._max_tokens())
+    longest = getattr(finished.processor.tokenizer, "model_max_length", None)
+    count, length = torch.export.Dim("batch"), torch.export.Dim("tokens", max=longest)
     shapes = {name: {0: count, 1: length} if value.ndim == 2 else {0: count} for name, value in inputs.items()}
     # Not transformers.exporters: it makes the same graph by way of this very function, but takes twice as long, frees
     # the size of pictures as well, and replaces internals of torch for models that generate.
@@ -191,7 +192,7 @@ def _record(finished: FinishedModel) -> dict[str, Any]:
         from tokenizers import Tokenizer
 
         copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        copy.enable_truncation(finished._max_tokens(), direction=tokenizer.truncation_side)
+        copy.enable_truncation(finished.processor.tokenizer.model_max_length, direction=tokenizer.truncation_side)
         copy.enable_padding(
             direction=tokenizer.padding_side,
             pad_id=tokenizer.pad_token_id,
@@ -213,12 +214,16 @@ def _write_int8(source: Path, target: Path) -> None:
     quantize_dynamic(target, target, kinds, per_channel=True, weight_type=QuantType.QUInt8)
     model = onnx.load(target)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    for name in {node.input[1] for node in model.graph.node if node.op_type == "Conv"}:
+    convolutions = {node.input[1] for node in model.graph.node if node.op_type == "Conv"}
+    for name in convolutions & set(weights):  # not those that are computed, as by weight standardisation
         values = numpy_helper.to_array(weights[name])
-        scale = np.abs(values).max(axis=(1, 2, 3)) / 127
+        scale = np.abs(values).max(axis=tuple(range(1, values.ndim)), keepdims=True) / 127
         scale = np.where(scale == 0, 1, scale).astype(np.float32)
-        integers = np.round(values / scale[:, None, None, None]).astype(np.int8)
-        parts = [numpy_helper.from_array(integers, f"{name}_int8"), numpy_helper.from_array(scale, f"{name}_scale")]
+        integers = np.round(values / scale).astype(np.int8)
+        parts = [
+            numpy_helper.from_array(integers, f"{name}_int8"),
+            numpy_helper.from_array(scale.ravel(), f"{name}_scale"),
+        ]
         model.graph.initializer.remove(weights[name])
         model.graph.initializer.extend(parts)
         node = onnx.helper.make_node("DequantizeLinear", [part.name for part in parts], [name], axis=0)
@@ -256,7 +261,8 @@ def _sample(finished: FinishedModel, rows: Dataset, folder: Path | None) -> list
     first = {name: values[:1] for name, values in many.items()}
     single, lacking = [first], []
     if "text" in many:
-        captions, most = [text for text in many["text"] if text is not None] or ["a picture"], finished._max_tokens()
+        captions = [text for text in many["text"] if text is not None] or ["a picture"]
+        most = min(finished.processor.tokenizer.model_max_length, 1000)  # some encoders know no limit
         words = " ".join(captions).split()
         single.append({**first, "text": [" ".join((words * most)[:most])]})  # with the special tokens, too long
         if "images" in many:
@@ -268,7 +274,7 @@ def _sample(finished: FinishedModel, rows: Dataset, folder: Path | None) -> list
 
 def _inputs(finished: FinishedModel, batch: Batch) -> dict[str, torch.Tensor]:
     """A batch as the model takes it."""
-    return finished.processor(**batch, max_length=finished._max_tokens())
+    return finished.processor(**batch)
 
 
 def _compare(finished: FinishedModel, classifier: "OnnxClassifier", sample: list[Batch]) -> dict[str, Any]:

@@ -69,8 +69,9 @@ def save_for_hub(model: MMClfForImageTextClassification, processor: MMClfProcess
 
     Raises:
         `ValueError`: a processor that lacks a part, or has one too many.
+        `FileExistsError`: a folder with parts that would not fit: of a model with other modalities, or in ONNX.
     """
-    from .card import write_card
+    from .card import PLOTS, write_card
 
     config = model.config
     parts = {"image_processor": config.has_image, "tokenizer": config.has_text}
@@ -78,9 +79,16 @@ def save_for_hub(model: MMClfForImageTextClassification, processor: MMClfProcess
         if (getattr(processor, name) is not None) != needed:
             wanted = "needs one" if needed else "has no use for it"
             raise ValueError(f"the processor has {'no' if needed else 'a'} {name}, and the model {wanted}")
+    unfit = [] if config.has_image else ["preprocessor_config.json"]
+    unfit += [] if config.has_text else ["tokenizer.json", "tokenizer_config.json"]
+    if found := [name for name in (*unfit, "onnx") if Path(folder, name).exists()]:
+        raise FileExistsError(f"{folder} has {', '.join(found)} of another model; remove it, or give another folder")
     with whole_folder(folder) as stage:
         save_model(model, processor, stage)
         if not Path(folder, "README.md").exists():
+            for name in ("metrics.json", "training.json", *PLOTS):  # which the card shows
+                if Path(folder, name).exists():
+                    shutil.copyfile(Path(folder, name), stage / name)
             write_card(stage)
 
 
@@ -112,6 +120,8 @@ class FinishedModel:
         model = MMClfForImageTextClassification.from_pretrained(folder, config=config)
         image_processor = MMClfImageProcessor.from_pretrained(folder) if config.has_image else None
         tokenizer = AutoTokenizer.from_pretrained(folder) if config.has_text else None
+        if tokenizer is not None:  # which may not know how many positions the model has
+            tokenizer.model_max_length = min(tokenizer.model_max_length, model.max_tokens)
         return cls(folder, model, MMClfProcessor(image_processor, tokenizer))
 
     def prepare(
@@ -175,7 +185,7 @@ class FinishedModel:
         """
         image_processor, tokenizer = self.processor.image_processor, self.processor.tokenizer
         size = image_processor.size["longest_edge"] if image_processor else None
-        collator = Collator(tokenizer, self._max_tokens(), size)
+        collator = Collator(tokenizer, getattr(tokenizer, "model_max_length", 0), size)
         transform = RowTransform(folder, image_processor and EvaluationImageTransform(image_processor))
         options: dict[str, Any] = {**machine_defaults(), "bf16": False, "remove_unused_columns": False}
         if workers is None and len(rows) <= batch_size:
@@ -187,11 +197,6 @@ class FinishedModel:
             trainer = Trainer(self.model, args, data_collator=collator)
             result = trainer.predict(rows.with_transform(transform))
         return scores_of(result.predictions)
-
-    def _max_tokens(self) -> int:
-        """What the tokenizer says, but no more than the model has positions for."""
-        positions = getattr(self.model.config.text_config, "max_position_embeddings", 512)
-        return min(getattr(self.processor.tokenizer, "model_max_length", positions), positions)
 
     def evaluate(self, rows: Dataset, folder: Path, batch_size: int = 64) -> dict[str, Any]:
         """The figures of [`report`] for labelled rows, at 0.5 and at the model's own thresholds."""

@@ -12,16 +12,16 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Repo
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-from .card import PLACEHOLDER
+from .card import PLACEHOLDER, PLOTS
 from .finished import FinishedModel
 
 # What a finished folder holds, by sub-folder. Nothing else is sent, and no pickle is among it.
 PUBLISHED = {
     "": (
-        *("README.md", "config.json", "*.safetensors", "*.safetensors.index.json", "*.py"),
+        *("README.md", "config.json", "*.safetensors", "*.safetensors.index.json", "*_mmclf.py"),
         *("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
         *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model"),
-        *("sentencepiece.bpe.model", "metrics.json", "training.json", "splits.csv", "*.png"),
+        *("sentencepiece.bpe.model", "metrics.json", "training.json", "splits.csv", *PLOTS),
     ),
     "onnx": ("*.onnx", "*.onnx.data", "*.json", "*.txt", "*.py", "*.md"),
 }

@@ -5,7 +5,7 @@ Pushed to the Hub as code, so it imports third-party packages only and stands al
 
 import os
 from collections.abc import Mapping
-from io import BytesIO
+from io import BufferedIOBase, BytesIO
 from typing import Any
 from urllib.request import urlopen
 
@@ -70,7 +70,10 @@ def _fetch(source: str) -> Image.Image:
             return read_image(BytesIO(response.read()))
     if os.path.isfile(source):
         return read_image(source)
-    return load_image(source)  # bare base64, or an error that names what is accepted
+    try:
+        return load_image(source)  # bare base64
+    except ValueError:
+        raise ValueError(f"no such file, and neither a URL nor base64: {source[:200]!r}") from None
 
 
 class MMClfImageProcessor(TorchvisionBackend):
@@ -79,8 +82,8 @@ class MMClfImageProcessor(TorchvisionBackend):
 
     Small pictures are enlarged; the short edge keeps the aspect ratio and is at least one pixel. The padding is black
     before normalisation. A path, a URL, an encoded file's bytes, a cell of `datasets`' undecoded `Image` column or a
-    PIL image in any mode is first made upright RGB by [`to_rgb`]. Arrays and tensors are taken as uint8 pixels (0 to
-    255), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. Single pictures, lists of pictures of mixed sizes and arrays
+    PIL image in any mode is first made upright RGB by [`to_rgb`]. Arrays and tensors have pixels from 0 to 255,
+    (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. Single pictures, lists of mixed sizes and arrays
     with a leading batch dimension are all accepted.
 
     Calling it returns a [`BatchFeature`] with `pixel_values`: with `return_tensors="pt"` (or `"np"`) a float32 tensor
@@ -129,8 +132,12 @@ class MMClfImageProcessor(TorchvisionBackend):
         images = image_url_or_urls
         if isinstance(images, Mapping) and {"bytes", "path"} & set(images):
             images = images["path"] if images.get("bytes") is None else images["bytes"]
+        if isinstance(images, BufferedIOBase):
+            images = images.read()
         if isinstance(images, bytes | bytearray | memoryview):
             return read_image(BytesIO(images))
+        if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 2:
+            return images[..., None]  # grey
         if isinstance(images, str | os.PathLike):
             return _fetch(os.fspath(images))
         if isinstance(images, list | tuple):
@@ -146,6 +153,8 @@ class MMClfImageProcessor(TorchvisionBackend):
         """Turn one picture into a tensor of shape (channels, height, width), a PIL image by way of [`to_rgb`]."""
         if isinstance(image, Image.Image):
             image, do_convert_rgb = to_rgb(image), False
+        elif torch.as_tensor(image).is_floating_point() and 0 < image.max() <= 1:
+            raise ValueError("got pixels between 0 and 1; expected 0 to 255: multiply them by 255")
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
 
     def resize(self, image: torch.Tensor, size: SizeDict, **kwargs) -> torch.Tensor:

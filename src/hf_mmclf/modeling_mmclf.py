@@ -242,15 +242,31 @@ class MMClfForImageTextClassification(PreTrainedModel):
     def train(self, mode: bool = True) -> "MMClfForImageTextClassification":
         """Like `nn.Module.train`, but frozen parts stay in evaluation mode and without gradients.
 
-        `from_pretrained` replaces parameters and forgets `requires_grad`; it ends with `.eval()`, which comes here.
+        `from_pretrained` replaces parameters, forgets `requires_grad` and the layout; it ends with `.eval()`, which
+        comes here.
         """
         super().train(mode)
+        if self.config.has_image and not all(
+            parameter.is_contiguous(memory_format=torch.channels_last)
+            for parameter in self.image_model.parameters()
+            if parameter.ndim == 4
+        ):
+            self.image_model.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
         for module in self._frozen:
             # attributes of the module itself: a container of frozen and trained parts must not switch its children
             module.training = False
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
         return self
+
+    @property
+    def max_tokens(self) -> int:
+        """`int`: Tokens of the longest caption that the text backbone can read."""
+        positions = getattr(self.config.text_config, "max_position_embeddings", None)
+        for module in self.text_model.modules():  # RoBERTa and its kin number positions from behind the padding's
+            if isinstance(module, nn.Embedding) and module.num_embeddings == positions and module.padding_idx:
+                return positions - module.padding_idx - 1
+        return positions or 2**31 - 1
 
     @classmethod
     def from_backbones(

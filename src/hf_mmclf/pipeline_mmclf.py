@@ -4,7 +4,9 @@ Pushed to the Hub as code, so it imports third-party packages only and stands al
 """
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,13 +36,16 @@ class Columns(Sequence):
     """Columns of the same length as rows."""
 
     def __init__(self, **columns: Sequence | None):
-        self.columns = {name: column for name, column in columns.items() if column is not None}
-        lengths = {name: len(column) for name, column in self.columns.items()}
+        given = {name: column for name, column in columns.items() if column is not None}
+        self.columns = {name: getattr(column, "iloc", column) for name, column in given.items()}  # pandas: by place
+        lengths = {name: len(column) for name, column in given.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"columns of different lengths: {lengths}; expected one caption for each picture")
 
+        self.length = next(iter(lengths.values()))
+
     def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
+        return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {name: column[index] for name, column in self.columns.items()}
@@ -89,10 +94,9 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.model.eval()
-        self.max_length = None
         if self.processor.tokenizer is not None:  # which may not know how many positions the model has
             known = self.processor.tokenizer.model_max_length
-            self.max_length = min(known, getattr(self.model.config.text_config, "max_position_embeddings", known))
+            self.processor.tokenizer.model_max_length = min(known, self.model.max_tokens)
 
     def __call__(
         self, inputs: Any = None, *, image: Any = None, text: Any = None, **kwargs
@@ -133,6 +137,8 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
                 inputs = {name: value for name, value in (("image", image), ("text", text)) if value is not None}
             else:
                 inputs = Columns(image=image, text=text)
+        if hasattr(inputs, "iloc"):  # a table of pandas
+            inputs = Columns(**{str(name): inputs[name] for name in inputs.columns})
         if isinstance(inputs, Mapping):
             return super().__call__(as_record(0, inputs), **kwargs)
         if isinstance(inputs, str | bytes) or not isinstance(inputs, Iterable | Sequence | Dataset):
@@ -197,7 +203,7 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         if text is not None or self.processor.tokenizer is not None:
             given["text"] = [text]
         try:
-            return dict(self.processor(**given, max_length=self.max_length))
+            return dict(self.processor(**given))
         except ValueError as error:
             raise ValueError(f"record {index}: {error}") from error
 
@@ -234,6 +240,9 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         """Writes what `AutoModel`, `AutoProcessor` and `pipeline` load again, here or without this package."""
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
+        code = Path(__file__)  # transformers leaves it out where the class has been loaded from a folder
+        if code.resolve() != Path(save_directory, code.name).resolve():
+            shutil.copyfile(code, Path(save_directory, code.name))
 
 
 def _name(image: Any) -> str:

@@ -33,6 +33,8 @@ class MMClfProcessor(ProcessorMixin):
         if image_processor is None and tokenizer is None:
             raise ValueError("got neither image_processor nor tokenizer; expected at least one of them")
         self.image_processor, self.tokenizer = image_processor, tokenizer
+        if tokenizer is not None:
+            tokenizer.padding_side = "right"  # positions count from the first token, so a batch equals its rows
         self.chat_template = None
 
     def __call__(
@@ -63,7 +65,7 @@ class MMClfProcessor(ProcessorMixin):
             `ValueError`: no input, one that the model does not have, or lists of different lengths.
         """
         images, text = self._listed(images), self._listed(text)
-        if images is None and text is None:
+        if not images and not text:
             raise ValueError("got neither images nor text; expected at least one of them")
         if images is not None and self.image_processor is None:
             raise ValueError("got images, but this model has no image backbone; give text alone")
@@ -116,18 +118,17 @@ class MMClfProcessor(ProcessorMixin):
             raise OSError(f"{source}: neither preprocessor_config.json nor tokenizer_config.json is there")
         return cls(**parts)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> list[str]:
-        """Writes the parts, and this file, to a folder; returns the names of the files written."""
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes the parts, and this file, to a folder."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         for part in (self.image_processor, self.tokenizer):
             if part is not None:
-                part.save_pretrained(folder, **kwargs)
+                part.save_pretrained(folder)
         self.to_json_file(folder / "processor_config.json")
         code = Path(__file__)
         if code.resolve() != (folder / code.name).resolve():
             shutil.copyfile(code, folder / code.name)
-        return [str(file) for file in folder.iterdir()]
 
     def to_dict(self) -> dict[str, Any]:
         """What `processor_config.json` holds: which class loads the parts, which have files of their own."""

@@ -161,12 +161,13 @@ def train(
     if config.has_text:
         with args.main_process_first(desc="tokenizer"):  # trained once, so that all processes have the same
             tokenizer, tokenizer_source = _tokenizer(model_args, config, train_rows, Path(args.output_dir), resume)
-        tokenizer.model_max_length = _max_tokens(config, model_args.max_tokens)  # saved with it
     config.id2label = dict(enumerate(prepared.labels.names))
     config.label2id = {name: i for i, name in config.id2label.items()}
     config.label_ids = list(prepared.labels.ids)
     missing = _settle_missing(config, prepared, say)
     model = build_model(config, model_args, tokenizer)
+    if tokenizer is not None:
+        tokenizer.model_max_length = min(model_args.max_tokens, model.max_tokens)  # saved with it
     for part, weights in (("image", config.image_weights), ("text", config.text_weights)):
         if weights:
             say(f"{part} backbone: {'random weights' if weights == 'scratch' else f'pretrained, {weights}'}")
@@ -294,10 +295,6 @@ def _tokenizer(
         tokenizer.save_pretrained(saved)
         note.write_text(description, encoding="utf-8")
     return tokenizer, description
-
-
-def _max_tokens(config: MMClfConfig, wanted: int) -> int:
-    return min(wanted, getattr(config.text_config, "max_position_embeddings", wanted))
 
 
 def _settle_missing(config: MMClfConfig, prepared: PreparedData, say: Any) -> dict[str, dict[str, int]]:
