@@ -210,7 +210,10 @@ def _write_int8(source: Path, target: Path) -> None:
 
     # unsigned weights: signed ones overflow on processors without the newer integer instructions
     kinds = ["MatMul", "Gemm", "Gather"]
-    quant_pre_process(source, target, skip_optimization=True, skip_symbolic_shape=True)  # else it warns
+    model = onnx.load(source)
+    del model.graph.value_info[:]  # shapes of weights that onnxruntime 1.23 transposes, and then stumbles over
+    onnx.save(model, target)
+    quant_pre_process(target, target, skip_optimization=True, skip_symbolic_shape=True)  # else it warns
     quantize_dynamic(target, target, kinds, per_channel=True, weight_type=QuantType.QUInt8)
     model = onnx.load(target)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
