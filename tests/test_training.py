@@ -300,30 +300,24 @@ def test_text_only_needs_no_picture_files(table, tmp_path):
     assert AutoModel.from_pretrained(run(table, tmp_path / "m", *flags)).config.has_image is False
 
 
-def launch(*flags: str, processes: int | None = None) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "examples" / "train.py")]
-    if processes:
-        # --multi_gpu is accelerate's way to torchrun; its --cpu starts one process, whatever --num_processes says
-        launcher = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            str(processes),
-        ]
-        command = [*launcher, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", command[1]]
+# --multi_gpu is accelerate's way to torchrun; its --cpu starts one process, whatever --num_processes says
+TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+TWO_PROCESSES += ["--dynamo_backend", "no"]
+
+
+def launch(*flags: str, options: list[str] = ()) -> subprocess.Popen:
+    """examples/train.py by itself or, with `options`, under accelerate's launcher."""
+    launcher = ["-m", "accelerate.commands.launch", *options] if options else []
+    command = [sys.executable, *launcher, str(ROOT / "examples" / "train.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *flags], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @pytest.mark.slow
 def test_two_processes_report_what_one_does(tmp_path):
     table = write_table(tmp_path / "table", rows=75)  # neither split divides by two processes
     flags = [*table_flags(table), "--output_dir", str(tmp_path / "m"), "--num_train_epochs", "2", "--use_cpu"]
-    process = launch(*flags, processes=2)
+    process = launch(*flags, options=TWO_PROCESSES)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert output.count("Output folder:") == 1

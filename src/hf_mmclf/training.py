@@ -159,7 +159,7 @@ def train(
     args.distributed_state.wait_for_everyone()
     tokenizer, tokenizer_source = None, None
     if config.has_text:
-        with args.main_process_first(desc="tokenizer"):  # trained once, so that all processes have the same
+        with args.main_process_first(local=False, desc="tokenizer"):  # trained once for all processes and machines
             tokenizer, tokenizer_source = _tokenizer(model_args, config, train_rows, Path(args.output_dir), resume)
     config.id2label = dict(enumerate(prepared.labels.names))
     config.label2id = {name: i for i, name in config.id2label.items()}
