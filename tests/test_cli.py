@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_training import TWO_PROCESSES
 from tiny_folder import CAPTIONS, LABELS, NAMES, write_folder, write_table
 
 from hf_mmclf import PRESETS, DataArguments, FinishedModel, hub
@@ -316,3 +318,39 @@ class TestExport:
     def test_errors_are_one_line(self, folders, capsys):
         assert "no finished model here" in error_of(["export", "nowhere", "--onnx"], capsys)
         assert "--onnx" in error_of(["export", folders["both"]], capsys)
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(folders, table, here):
+    """Also where rows do not divide by batches and processes, and where there are fewer rows than processes."""
+    runs = [["predict", "--data", "train.csv", "--batch_size", size] for size in ("1", "2", "64")]
+    runs.append(["predict", "--images", "3.jpg", "--texts", CAPTIONS[3]])
+    runs.append(["evaluate", "--data", "train.csv", "--batch_size", "2"])
+
+    def commands(prefix):
+        for number, (command, *flags) in enumerate(runs):
+            for suffix in (".json",) if command == "evaluate" else (".csv", ".jsonl"):
+                yield [command, folders["both"], *flags, "--output", f"{prefix}{number}{suffix}"]
+
+    Path("several.py").write_text(
+        f"from hf_mmclf.cli import main\nfor argv in {list(commands('two'))}:\n    main(argv)\n"
+    )
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *TWO_PROCESSES]
+    done = subprocess.run(
+        [*launcher, "several.py"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rows of train: two") == 8 and done.stdout.count("All figures: two") == 1
+    for argv in commands("one"):
+        main(argv)
+        alone, both = (Path(argv[-1].replace("one", name)).read_text() for name in ("one", "two"))
+        if argv[-1].endswith(".jsonl"):
+            for one, two in zip(map(json.loads, alone.splitlines()), map(json.loads, both.splitlines()), strict=True):
+                assert two.pop("scores") == pytest.approx(one.pop("scores"), abs=2e-6)  # written with six digits
+                assert two == one
+        else:
+            assert both == alone

@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 from hf_mmclf import cli, onnx_predict, parse_arguments
 from hf_mmclf.presets import PRESETS, config_from_preset
@@ -37,7 +38,7 @@ def test_every_flag_it_names_exists(capsys):
             cli.main([command, "--help"])
         known += capsys.readouterr().out
     known += Path(onnx_predict.__file__).read_text(encoding="utf-8")
-    launcher = {"--num_processes", "--multi_gpu"}  # accelerate's
+    launcher = {option for action in launch_command_parser()._actions for option in action.option_strings}
     assert not [flag for flag in re.findall(r"--[a-z_0-9]+", README) if flag not in known and flag not in launcher]
 
 

@@ -66,7 +66,7 @@ class FinishedArguments:
     split: Literal["train", "validation", "test"] | None = dataclasses.field(
         default=None, metadata={"help": "Which rows: those of the source's split, or of training's if it has none."}
     )
-    batch_size: int = dataclasses.field(default=64, metadata={"help": "Rows in one forward pass."})
+    batch_size: int = dataclasses.field(default=64, metadata={"help": "Rows in one forward pass of one process."})
 
 
 def _parse_finished(
@@ -113,6 +113,8 @@ def _evaluate(argv: Sequence[str]) -> None:
     _print_bad_images(prepared, data)
     name, rows = finished.choose_split(prepared, options.split, held_out=True)
     figures = finished.evaluate(rows, prepared.folder, options.batch_size)
+    if not _is_main_process():
+        return
     print(report_table({name: figures}))
     with whole_file(own.output) as file:
         json.dump({name: figures}, file, indent=2, ensure_ascii=False)
@@ -146,6 +148,8 @@ def _predict(argv: Sequence[str]) -> None:
     _print_bad_images(prepared, data)
     name, rows = finished.choose_split(prepared, options.split)
     scores = finished.scores(rows, prepared.folder, options.batch_size)
+    if not _is_main_process():
+        return
     if own.output:
         write_predictions(own.output, rows, scores, finished.model.config)
         print(f"{len(rows):,} rows of {name}: {own.output}")
@@ -197,7 +201,17 @@ def _export(argv: Sequence[str]) -> None:
     print(f"\nOutput folder: {own.output or Path(own.folder, 'onnx')}")
 
 
+def _is_main_process() -> bool:
+    """Whether this process speaks and writes; `accelerate launch` starts several, and all have all the scores."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available()).is_main_process
+
+
 def _print_bad_images(prepared: "PreparedData", args: "DataArguments") -> None:
+    if not _is_main_process():
+        return
     for where, reason in prepared.bad_images:
         fate = "left out" if args.bad_images == "skip" else "taken as absent"
         print(f"Picture {fate}: {where}: {reason}", file=sys.stderr)

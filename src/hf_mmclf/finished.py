@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
 
@@ -171,7 +172,8 @@ class FinishedModel:
 
     def scores(self, rows: Dataset, folder: Path, batch_size: int = 64, workers: int | None = None) -> np.ndarray:
         """
-        Scores of rows with the columns of [`PreparedData`].
+        Scores of rows with the columns of [`PreparedData`]; under `accelerate launch` each process computes its share,
+        and all return all of them.
 
         Args:
             rows (`Dataset`): Columns `image`, `text` and `where`.
@@ -188,6 +190,7 @@ class FinishedModel:
         collator = Collator(tokenizer, getattr(tokenizer, "model_max_length", 0), size)
         transform = RowTransform(folder, image_processor and EvaluationImageTransform(image_processor))
         options: dict[str, Any] = {**machine_defaults(), "bf16": False, "remove_unused_columns": False}
+        options["use_cpu"] = not torch.accelerator.is_available()  # else Trainer overlooks that there are several
         if workers is None and len(rows) <= batch_size:
             workers = 0  # starting some takes longer than the work
         if workers is not None:
