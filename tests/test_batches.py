@@ -72,9 +72,9 @@ def test_pictures_are_opened_upright(tmp_path):
     image.save(tmp_path / "turned.png", exif=exif)
     for cell in ("turned.png", {"bytes": (tmp_path / "turned.png").read_bytes(), "path": None}):
         upright = open_image(cell, tmp_path, "here")
-        assert upright.size == (4, 8) and upright.getpixel((3, 0)) == (255, 255, 255)
+        assert upright.shape == (3, 8, 4) and upright[:, 0, 3].tolist() == [255] * 3
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image("turned.jpg", tmp_path, "here").size == (4, 8)
+    assert open_image("turned.jpg", tmp_path, "here").shape == (3, 8, 4)
 
 
 def test_a_file_that_has_gone_is_an_error_like_others(tmp_path):

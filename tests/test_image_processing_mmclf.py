@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedConfig
 
-from hf_mmclf.image_processing_mmclf import MMClfImageProcessor, to_rgb
+from hf_mmclf import image_processing_mmclf
+from hf_mmclf.image_processing_mmclf import MMClfImageProcessor, read_image, to_rgb
 
 ORIENTATION = 0x0112
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -136,6 +137,38 @@ def test_orientation_is_applied_once(sideways):
     upright = to_rgb(Image.open(BytesIO(sideways)))
     assert upright.size == (40, 80)
     assert to_rgb(upright).size == (40, 80) and ORIENTATION not in upright.getexif()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_both_decoders_give_pillow_s_pixels(mode, sideways, tmp_path, monkeypatch):
+    pytest.importorskip("torchcodec")
+    smooth = noise(9, 7).resize((90, 70)).convert(mode)
+    smooth.save(tmp_path / "picture.jpg", quality=80)
+    (tmp_path / "sideways.jpg").write_bytes(sideways)
+    for file in ("picture.jpg", "sideways.jpg"):
+        expected = np.asarray(to_rgb(Image.open(tmp_path / file)))
+        fast = [read_image(tmp_path / file), read_image(BytesIO((tmp_path / file).read_bytes()))]
+        with monkeypatch.context() as without:
+            without.setattr(image_processing_mmclf, "decode_jpeg", None)
+            slow = read_image(str(tmp_path / file))
+        for pixels in (*fast, slow):
+            assert np.array_equal(pixels.permute(1, 2, 0), expected)
+
+
+def test_a_jpeg_is_decoded_to_the_smallest_scale_that_is_enough(tmp_path):
+    smooth = noise(8, 6).resize((800, 600))
+    smooth.save(tmp_path / "photo.jpg")
+    smooth.save(tmp_path / "photo.png")
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    smooth.save(tmp_path / "turned.jpg", exif=exif)
+    for enough, edge in [(None, 600), (601, 600), (301, 600), (300, 300), (150, 150), (75, 75), (1, 75)]:
+        photo = read_image(tmp_path / "photo.jpg", enough)
+        assert photo.shape == (3, edge, edge * 4 // 3)
+        expected = torch.from_numpy(np.array(smooth.resize((edge * 4 // 3, edge), Image.Resampling.BOX)))
+        assert (photo.permute(1, 2, 0).float() - expected).abs().mean() < 2
+        assert read_image(tmp_path / "turned.jpg", enough).shape == (3, edge * 4 // 3, edge)
+        assert read_image(tmp_path / "photo.png", enough).shape == (3, 600, 800)
 
 
 def test_paths_and_urls_keep_transparency_and_bit_depth(tmp_path):

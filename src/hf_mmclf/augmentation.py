@@ -44,6 +44,9 @@ class ImageAugmentation:
             Largest relative change of brightness, contrast and saturation, each drawn on its own; 0: none. The hue
             stays: colours carry meaning, and shifting it costs more than all other steps together.
 
+    Attributes:
+        short_edge (`int`): Pixels of the short edge that are enough: large JPEGs may be decoded to a smaller scale.
+
     Raises:
         `ValueError`: for a probability or a share outside 0 to 1, or a negative amount.
     """
@@ -63,6 +66,7 @@ class ImageAugmentation:
     ):
         if not 0 <= crop_scale <= 1:
             raise ValueError(f"`crop_scale` must lie between 0 and 1, got {crop_scale}")
+        self.short_edge = 2 * size  # so that also crops are made smaller, not larger
         steps: list[Any] = [v2.PILToTensor()]
         if crop_scale:
             steps.append(v2.RandomResizedCrop(size, scale=(crop_scale, 1.0), interpolation=resample))
@@ -72,13 +76,14 @@ class ImageAugmentation:
             steps.append(v2.RandomHorizontalFlip(flip))
         if vertical_flip:
             steps.append(v2.RandomVerticalFlip(vertical_flip))
+        steps.append(v2.ToDtype(torch.float32))  # the steps below would convert back and forth
         if rotation:
-            steps.append(v2.RandomRotation(rotation, interpolation=v2.InterpolationMode.BILINEAR))
+            steps.append(v2.RandomRotation(rotation, v2.InterpolationMode.BILINEAR, fill=None))  # outside is black
         if color_jitter:
-            steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+            steps.append(_ColorJitter(color_jitter, color_jitter, color_jitter))
         # Rescaling and normalising in one step, in the arithmetic of transformers: equal to the last bit.
         mean, std = ((255 * torch.tensor(values)).tolist() for values in (mean, std))
-        self.transform = v2.Compose([*steps, v2.ToDtype(torch.float32), v2.Normalize(mean, std)])
+        self.transform = v2.Compose([*steps, v2.Normalize(mean, std, inplace=True)])
 
     @classmethod
     def from_processor(cls, processor: Any, **switches: float) -> ImageAugmentation:
@@ -86,8 +91,11 @@ class ImageAugmentation:
         size, resample = processor.size["longest_edge"], processor.resample
         return cls(size, processor.image_mean, processor.image_std, resample=resample, **switches)
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Turn an upright RGB picture of any size into a float32 tensor of shape (3, size, size), normalised."""
+    def __call__(self, image: torch.Tensor | Image.Image) -> torch.Tensor:
+        """Turn an upright RGB picture of any size into a float32 tensor of shape (3, size, size), normalised.
+
+        A tensor has pixels from 0 to 255, in uint8, and the shape (3, height, width).
+        """
         return self.transform(image)
 
 
@@ -100,6 +108,19 @@ class _ResizeLongEdge:
         long_edge = max(image.shape[-2:])
         size = [max(1, round(edge * self.size / long_edge)) for edge in image.shape[-2:]]
         return F.resize(image, size, interpolation=self.resample)
+
+
+class _ColorJitter(v2.ColorJitter):
+    # The same steps and draws, in place on float pixels from 0 to 255: allocating each result takes most of the time.
+    def transform(self, image: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
+        for step in params["fn_idx"].tolist():
+            if step == 0:
+                image.mul_(params["brightness_factor"]).clamp_(0, 255)
+            elif step in (1, 2):
+                gray = F.rgb_to_grayscale(image)
+                factor = params["saturation_factor"] if step == 2 else params["contrast_factor"]
+                image.mul_(factor).add_(gray if step == 2 else gray.mean(), alpha=1 - factor).clamp_(0, 255)
+        return image
 
 
 class TextAugmentation:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as PILImage
 from transformers import PreTrainedTokenizerBase
 
 from .image_processing_mmclf import read_image
@@ -18,11 +17,16 @@ def is_absent(image: Any) -> bool:
     return image is None or (isinstance(image, Mapping) and image.get("bytes") is None and not image.get("path"))
 
 
-def open_image(image: str | Mapping[str, Any], folder: Path, where: str) -> PILImage.Image:
-    """An upright RGB picture from a name relative to `folder` or from bytes; `ValueError` naming the row if bad."""
+def open_image(
+    image: str | Mapping[str, Any], folder: Path, where: str, short_edge: int | None = None
+) -> torch.Tensor:
+    """An upright RGB picture from a name relative to `folder` or from bytes; `ValueError` naming the row if bad.
+
+    See [`read_image`], which does it.
+    """
     name, data = (image, None) if isinstance(image, str) else (image.get("path"), image.get("bytes"))
     try:
-        return read_image(folder / name if data is None else BytesIO(data))
+        return read_image(folder / name if data is None else BytesIO(data), short_edge)
     except ValueError as error:
         raise ValueError(
             f"{where}: cannot read the picture {name or 'in the table'}: {error}. --bad_images skip leaves such rows "
@@ -36,7 +40,7 @@ class RowTransform:
 
     Args:
         folder (`Path`): What picture names are relative to.
-        image (`Callable`, *optional*): From an RGB picture to a tensor of shape (3, size, size); `None`: no pictures.
+        image ([`ImageAugmentation`] or [`EvaluationImageTransform`], *optional*): `None`: no pictures.
         text (`Callable`, *optional*): From caption to caption; `None` leaves it.
     """
 
@@ -49,7 +53,7 @@ class RowTransform:
             rows["labels"] = batch["labels"]
         if self.image is not None:
             rows["pixel_values"] = [
-                None if is_absent(image) else self.image(open_image(image, self.folder, where))
+                None if is_absent(image) else self.image(open_image(image, self.folder, where, self.image.short_edge))
                 for image, where in zip(batch["image"], batch["where"], strict=True)
             ]
         return rows
@@ -59,12 +63,14 @@ class RowTransform:
 
 
 class EvaluationImageTransform:
-    """The saved image processor, for one picture: RGB in, tensor of shape (3, size, size) out."""
+    """The saved image processor, for one picture of shape (3, H, W) in uint8: float32 of shape (3, size, size)."""
+
+    short_edge = None  # pictures at full size, as everyone who uses the model will give them
 
     def __init__(self, processor: Any):
         self.processor = processor
 
-    def __call__(self, image: PILImage.Image) -> torch.Tensor:
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from datasets import Dataset
+from torchvision.transforms.v2.functional import to_pil_image
 
 from .batches import is_absent, open_image
 from .data import DataArguments
@@ -248,7 +249,7 @@ def _batches(finished: FinishedModel, rows: Dataset, folder: Path | None, size: 
         batch = {}
         if config.has_image:
             batch["images"] = [
-                None if is_absent(cell) else open_image(cell, Path(folder or "."), where)
+                None if is_absent(cell) else to_pil_image(open_image(cell, Path(folder or "."), where))
                 for cell, where in zip(part["image"], part["where"], strict=True)
             ]
         if config.has_text:

@@ -5,15 +5,22 @@ Pushed to the Hub as code, so it imports third-party packages only and stands al
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from io import BufferedIOBase, BytesIO
 from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, SizeDict, is_valid_image, load_image
+
+try:
+    from torchcodec.decoders import decode_jpeg
+except (ImportError, OSError, RuntimeError):  # not installed, or not for this torch: Pillow does it too, slower
+    decode_jpeg = None
 
 __all__ = ["MMClfImageProcessor", "read_image", "to_rgb"]
 
@@ -51,11 +58,33 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values.clip(0) * (255 / white)).round().astype(np.uint8))
 
 
-def read_image(file: str | os.PathLike | BytesIO) -> Image.Image:
-    """An encoded picture as an upright 8-bit RGB image; `ValueError` for one that cannot be read."""
+def read_image(file: str | os.PathLike | BytesIO, short_edge: int | None = None) -> torch.Tensor:
+    """
+    The pixels of an encoded picture, made upright 8-bit RGB as [`to_rgb`] does.
+
+    Args:
+        file (`str`, `os.PathLike` or `BytesIO`):
+            In any format that Pillow reads.
+        short_edge (`int`, *optional*):
+            Pixels that are enough: a JPEG whose short edge has so many also at a half, a quarter or an eighth of its
+            size is decoded to that, which is faster. Defaults to the full size.
+
+    Returns:
+        `torch.Tensor`: uint8, of shape (3, height, width).
+
+    Raises:
+        `ValueError`: a picture that cannot be read.
+    """
     try:
         with Image.open(file) as opened:
-            return to_rgb(opened)
+            size = opened.size
+            if short_edge is not None:
+                opened.draft(None, (short_edge, short_edge))
+            plain = opened.format == "JPEG" and opened.mode == "RGB" and opened.size == size
+            if decode_jpeg and plain and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+                with suppress(RuntimeError):  # Pillow says in one line what is wrong
+                    return decode_jpeg(file.getvalue() if isinstance(file, BytesIO) else file)  # the same pixels
+            return pil_to_tensor(to_rgb(opened))
     except UnidentifiedImageError:  # its message may hold no more than an address in memory
         size = file.getbuffer().nbytes if isinstance(file, BytesIO) else os.path.getsize(file)
         raise ValueError("not a picture of a known kind" if size else "the file is empty") from None
@@ -63,7 +92,7 @@ def read_image(file: str | os.PathLike | BytesIO) -> Image.Image:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def _fetch(source: str) -> Image.Image:
+def _fetch(source: str) -> Any:
     # Not transformers' load_image where it can be helped: it drops transparency and clips 16 bits.
     if source.startswith(("http://", "https://", "data:")):
         with urlopen(source, timeout=60) as response:
@@ -128,7 +157,7 @@ class MMClfImageProcessor(TorchvisionBackend):
         return super()._standardize_kwargs(size=SizeDict(longest_edge=edge), crop_size=square, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Load paths, URLs and bytes as upright RGB PIL images; pass images through, in lists of any depth."""
+        """Load paths, URLs and bytes by [`read_image`]; pass images through, in lists of any depth."""
         images = image_url_or_urls
         if isinstance(images, Mapping) and {"bytes", "path"} & set(images):
             images = images["path"] if images.get("bytes") is None else images["bytes"]
@@ -153,6 +182,12 @@ class MMClfImageProcessor(TorchvisionBackend):
         """Turn one picture into a tensor of shape (channels, height, width), a PIL image by way of [`to_rgb`]."""
         if isinstance(image, Image.Image):
             image, do_convert_rgb = to_rgb(image), False
+        elif (
+            isinstance(image, torch.Tensor)
+            and image.dtype == torch.uint8
+            and image.shape[0] == 3 < image.shape[-1] - 1
+        ):
+            return image.to(kwargs.get("device"))  # as files are read; transformers would copy it into another layout
         elif torch.as_tensor(image).is_floating_point() and 0 < image.max() <= 1:
             raise ValueError("got pixels between 0 and 1; expected 0 to 255: multiply them by 255")
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
