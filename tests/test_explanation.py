@@ -371,6 +371,11 @@ def test_nothing_that_matters_is_a_figure_too(sees_red):
 # Errors
 
 
+def test_a_folder_is_not_taken_for_a_pipeline():
+    with pytest.raises(TypeError, match="got 'outputs/demo'; expected a pipeline"):
+        explain("outputs/demo", text="a dog")
+
+
 @pytest.mark.parametrize(
     ("kind", "given", "message"),
     [

@@ -129,10 +129,10 @@ def test_wrong_file_is_found_and_not_written(exported, tmp_path, monkeypatch):
     (tmp_path / "out" / "model_int8.onnx").write_text("of an earlier export")
     with torch.no_grad():
         copy.model.classifier.bias += 0.01
-    with pytest.raises(RuntimeError, match=r"off by up to 0\.01, more than the tolerance of 0\.001"):
+    with pytest.raises(ValueError, match=r"off by up to 0\.01, more than the tolerance of 0\.001"):
         export_onnx(copy, tmp_path / "out", rows=rows, folder=finished.folder)
     monkeypatch.setattr(onnx_predict, "islice", lambda tokens, room: tokens)  # no caption is cut
-    with pytest.raises(RuntimeError, match=r"predict\.py splits captions otherwise .*'a dog a man on a dog a man"):
+    with pytest.raises(ValueError, match=r"predict\.py splits captions otherwise .*'a dog a man on a dog a man"):
         export_onnx(copy, tmp_path / "out", rows=rows, folder=finished.folder, tolerance=1)
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "model_int8.onnx"]
 

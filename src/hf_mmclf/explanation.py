@@ -191,7 +191,10 @@ def explain(
 
     Raises:
         `ValueError`: neither picture nor caption, one that the model does not take, or a label that it does not have.
+        `TypeError`: `pipe` is something else, such as the name of a folder.
     """
+    if not (hasattr(pipe, "model") and hasattr(pipe, "processor")):
+        raise TypeError(f"got {pipe!r}; expected a pipeline: explain(hf_mmclf.pipeline(folder), ...)")
     model, processor = pipe.model, pipe.processor
     names = label_names(model.config)
     parts = {"image": (image, processor.image_processor), "text": (text, processor.tokenizer)}

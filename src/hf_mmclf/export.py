@@ -74,8 +74,8 @@ def export_onnx(
 
     Raises:
         `ImportError`: onnx, onnxscript or onnxruntime is missing.
-        `ValueError`: preprocessing that cannot be recorded.
-        `RuntimeError`: logits beyond `tolerance`, or captions that `predict.py` splits otherwise; nothing is written.
+        `ValueError`: preprocessing that cannot be recorded, logits beyond `tolerance`, or captions that `predict.py`
+            splits otherwise; nothing is written.
     """
     _check_installed()
     from .onnx_predict import OnnxClassifier
@@ -104,7 +104,7 @@ def export_onnx(
             figures[file.name] = {"megabytes": sum(sizes) / 1e6, **_compare(finished, classifier, sample)}
             if file.name == MODEL and figures[MODEL]["largest_logit_difference"] > tolerance:
                 difference = figures[MODEL]["largest_logit_difference"]
-                raise RuntimeError(
+                raise ValueError(
                     f"logits of {MODEL} are off by up to {difference:.2g}, more than the tolerance of {tolerance:g}; "
                     "nothing was written"
                 )
@@ -290,7 +290,7 @@ def _compare(finished: FinishedModel, classifier: "OnnxClassifier", sample: list
             expected = finished.model(**inputs).logits.numpy()
         own = classifier.inputs(**batch)
         if any(not np.array_equal(own[name], inputs[name]) for name in own if name != "pixel_values"):
-            raise RuntimeError(f"{RUNNER} splits captions otherwise than the tokenizer, one of {batch['text'][:3]}")
+            raise ValueError(f"{RUNNER} splits captions otherwise than the tokenizer, one of {batch['text'][:3]}")
         found = classifier.session.run(["logits"], {name: inputs[name].numpy() for name in own})[0]
         difference = max(difference, float(np.abs(found - expected).max()))
         hits, expected_hits = (
