@@ -37,6 +37,7 @@ model-index:
 
 `AutoModel.from_pretrained("{PLACEHOLDER}")`
 """
+PUSHED = ("configuration", "freezing", "fusion", "image_processing", "modeling", "pipeline", "processing")
 SENT = {
     *(
         "README.md",
@@ -48,7 +49,7 @@ SENT = {
         "onnx/model.onnx",
     ),
     *("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *(f"{name}_mmclf.py" for name in ("configuration", "image_processing", "modeling", "pipeline", "processing")),
+    *(f"{name}_mmclf.py" for name in PUSHED),
 }
 KEPT = ["checkpoints/model.safetensors", "onnx/cache.pkl", "predictions-test.csv", "pytorch_model.bin", "train.log"]
 

@@ -391,6 +391,95 @@ def test_unfreezing_too_much(kind, fields, message, tiny_model):
         tiny_model(kind, **fields)
 
 
+# Halves: the part before the cut on its own, as a feature cache and a CPU's forward pass use it
+
+
+@pytest.mark.parametrize(("stages", "layers"), CASES)
+@pytest.mark.parametrize("tokens", ["pooled", "spatial"])
+def test_states_stand_for_pictures_and_captions(stages, layers, tokens, tiny_model, tiny_batch):
+    model = tiny_model(unfrozen_image_stages=stages, unfrozen_text_layers=layers, image_tokens=tokens)
+    batch = tiny_batch()
+    read = {"attention_mask": batch["attention_mask"]}
+    states = {
+        "image_states": model.image_states(batch["pixel_values"]),
+        "text_states": model.text_states(batch["input_ids"], **read),
+    }
+    assert not any(value.requires_grad for value in states.values())
+    torch.testing.assert_close(model(**states, **read).logits, model(**batch).logits)
+
+    labels = torch.eye(3)
+    gradients = []
+    for given in ({**batch}, {**states, **read}):
+        torch.manual_seed(1)  # of dropout
+        model.train().zero_grad()
+        model(**given, labels=labels).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*gradients)
+    assert any("image_model" in name for name in gradients[0]) == (stages > 0)
+
+
+def test_what_cannot_be_cut_has_no_states(tiny_model, tiny_batch):
+    whole = tiny_model()
+    assert whole.image_states(tiny_batch()["pixel_values"]) is None
+    assert whole.text_states(**tiny_batch("text")) is None
+    positions = tiny_model(
+        "image", image_backbone="eva02_tiny_patch14_224", image_backbone_args=EVA, unfrozen_image_stages=1
+    )  # adds position embeddings outside any module: cut in two it would add them twice
+    pixels = tiny_batch("image")["pixel_values"]
+    assert positions.image_states(pixels) is None
+    assert positions(pixel_values=pixels).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("stages", [None, 0, 1])
+def test_many_rows_give_what_few_do(stages, tiny_model):
+    model = tiny_model("image", unfrozen_image_stages=stages)
+    pixels = torch.randn(6, 3, 64, 64)
+    for module in model.modules():  # statistics that differ from any batch's
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+    with torch.no_grad():
+        one_by_one = torch.cat([model(pixel_values=pixels[i : i + 1]).logits for i in range(6)])
+        torch.testing.assert_close(model(pixel_values=pixels).logits, one_by_one)
+
+
+def test_gradients_reach_pixels_through_frozen_parts(tiny_model):
+    model = tiny_model("image", unfrozen_image_stages=0)
+    pixels = torch.randn(6, 3, 64, 64, requires_grad=True)
+    model(pixel_values=pixels).logits.sum().backward()
+    assert pixels.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("stages", [None, 1])
+def test_activation_checkpointing_changes_no_number(stages, tiny_model, tiny_batch):
+    plain = tiny_model(unfrozen_image_stages=stages).train()
+    again = copy.deepcopy(plain)
+    again.activation_checkpointing_enable()
+    batch, saved = tiny_batch(), []
+    for model in (plain, again):
+        count = 0
+
+        def pack(tensor):
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        torch.manual_seed(1)  # of dropout
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(**batch, labels=torch.eye(3)).loss
+        saved.append(count)
+        loss.backward()
+    torch.testing.assert_close(state(again), state(plain))  # running statistics too: one update a batch
+    gradients = [{name: p.grad for name, p in model.named_parameters()} for model in (plain, again)]
+    torch.testing.assert_close(*gradients)
+    assert saved[1] < 0.9 * saved[0]
+    torch.testing.assert_close(again.eval()(**batch).logits, plain.eval()(**batch).logits)
+
+
+def test_activation_checkpointing_that_timm_does_not_have(tiny_model):
+    with pytest.raises(ValueError, match="vgg11 has no activation checkpointing in timm"):
+        tiny_model("image", image_backbone="vgg11", image_backbone_args={}).activation_checkpointing_enable()
+
+
 # Other architectures
 
 SWIN = dict(img_size=64, embed_dim=12, depths=[2, 1], num_heads=[1, 2], window_size=4)

@@ -26,7 +26,7 @@ KINDS = ["both", "image", "text"]
 
 
 def test_these_files_are_pushed():
-    names = ["configuration", "image_processing", "modeling", "pipeline", "processing"]
+    names = ["configuration", "freezing", "fusion", "image_processing", "modeling", "pipeline", "processing"]
     assert [file.stem for file in SOURCES] == [f"{name}_mmclf" for name in names]
 
 

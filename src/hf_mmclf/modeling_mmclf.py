@@ -1,7 +1,8 @@
 """The model: two backbones, a fusion and a classifier. Either backbone may be absent."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -13,148 +14,15 @@ from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .configuration_mmclf import MMClfConfig
+from .freezing_mmclf import cut, frozen_image_modules, frozen_text_modules
+from .fusion_mmclf import Fusion, ScaleNorm, StandIn, masked_mean, projection
 
 
-class Attention(nn.Module):
-    """Single-head scaled dot-product attention without an output projection.
-
-    Args:
-        query_width (`int`): Size of the tokens that ask.
-        key_width (`int`): Size of the tokens that are attended to.
-        width (`int`): Size of queries, keys and values, and so of the result.
-    """
-
-    def __init__(self, query_width: int, key_width: int, width: int):
-        super().__init__()
-        self.query = nn.Linear(query_width, width)
-        self.key = nn.Linear(key_width, width)
-        self.value = nn.Linear(key_width, width)
-
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
-        # a dimension of one head: fused kernels and the ONNX exporter take nothing else
-        query, key, value = (x[:, None] for x in (self.query(queries), self.key(keys), self.value(keys)))
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask[:, None, None])
-        return attended.squeeze(1)  # (B, Nq, width)
-
-
-class ScaleNorm(nn.Module):
-    """Tokens times a learned vector, then LayerNorm."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.norm(tokens * self.scale)
-
-
-class StandIn(nn.Module):
-    """Puts one vector, learned or zero, in the place of the tokens of rows without any: (B, N, D), (B, N) -> the same.
-
-    Args:
-        width (`int`): Size of the tokens.
-        learned (`bool`): Whether the vector is a parameter.
-    """
-
-    def __init__(self, width: int, learned: bool):
-        super().__init__()
-        self.width = width
-        self.vector = nn.Parameter(torch.zeros(width)) if learned else None
-
-    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # where(), not multiplication: whatever stands in the absent rows (even NaN) is dropped, with its gradient
-        present = mask.any(1, keepdim=True)
-        vector = tokens.new_zeros(self.width) if self.vector is None else self.vector.to(tokens.dtype)
-        return torch.where(present.unsqueeze(-1), tokens, vector), mask | ~present
-
-    def blank(self, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One absent token for each row of the other modality's tokens."""
-        return other.new_zeros(len(other), 1, self.width), other.new_zeros(len(other), 1, dtype=torch.bool)
-
-
-def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens where `mask` is true: (B, N, D), (B, N) -> (B, D)."""
-    weights = mask.unsqueeze(-1).to(tokens.dtype)
-    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
-
-
-class Fusion(nn.Module):
-    """Image and text tokens in, one vector for each modality out; the kinds are described in [`MMClfConfig`]."""
-
-    def __init__(self, config: MMClfConfig, image_width: int, text_width: int):
-        super().__init__()
-        self.kind = config.fusion
-        widths = {  # of the tokens that ask and of those that answer, for the image-side vector
-            "self": (image_width, image_width),
-            "cross_text": (text_width, image_width),
-            "cross_image": (image_width, text_width),
-        }.get(self.kind)
-        self.image_attention = Attention(*widths, image_width) if widths else None
-        self.text_attention = Attention(text_width, text_width, text_width) if self.kind == "self" else None
-        self.image_norm = ScaleNorm(image_width) if config.fusion_norm else None
-        self.text_norm = ScaleNorm(text_width) if config.fusion_norm else None
-
-    def forward(
-        self, image: torch.Tensor, image_mask: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = image_mask  # of the tokens that end up on the image side
-        if self.kind == "cross_text":
-            image, mask = self.image_attention(text, image, image_mask), text_mask
-        elif self.kind == "cross_image":
-            image = self.image_attention(image, text, text_mask)
-        elif self.kind == "self":
-            image = self.image_attention(image, image, image_mask)
-            text = self.text_attention(text, text, text_mask)
-        if self.image_norm is not None:
-            image, text = self.image_norm(image), self.text_norm(text)
-        return masked_mean(image, mask), masked_mean(text, text_mask)
-
-
-def projection(config: MMClfConfig, width: int) -> nn.Module:
-    """The way of one modality's vector into the common width."""
-    linear = nn.Linear(width, config.width)
-    if not config.projection_norm:
-        return linear
-    return nn.Sequential(linear, nn.BatchNorm1d(config.width), nn.ReLU(), nn.Dropout(config.dropout))
-
-
-def through(backbone: nn.Module, boundary: str) -> Iterator[nn.Module]:
-    """Yields what a backbone registers up to the end of the sub-module `boundary`.
-
-    timm and transformers register in the order of execution, so this is what runs before the cut. A container of
-    `boundary` comes too, since parameters of its own (position embeddings, say) are used before its children; so
-    only look at each yielded module itself, not at its children.
-    """
-    modules = list(backbone.named_modules())
-    last = max(i for i, (name, _) in enumerate(modules) if name == boundary or name.startswith(f"{boundary}."))
-    yield from (module for _, module in modules[: last + 1])
-
-
-def image_boundary(backbone: nn.Module, unfrozen: int) -> str:
-    """Name of the last frozen sub-module when the last `unfrozen` stages (of timm's `feature_info`) train."""
-    ends = [info["module"] for info in backbone.feature_info]
-    if unfrozen >= len(ends):
-        name = type(backbone).__name__
-        raise ValueError(
-            f"unfrozen_image_stages is {unfrozen}, but {name} has {len(ends)} stages with the stem; "
-            f"give 0 to {len(ends) - 1}, or None to train all"
-        )
-    return ends[-unfrozen - 1]
-
-
-def text_boundary(backbone: PreTrainedModel, unfrozen: int) -> str:
-    """Name of the last frozen sub-module when the last `unfrozen` layers train."""
-    count = backbone.config.num_hidden_layers
-    kind = type(backbone).__name__
-    lists = [name for name, m in backbone.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
-        raise ValueError(f"{kind} has no list of {count} layers; give unfrozen_text_layers 0 or None")
-    if unfrozen >= count:
-        raise ValueError(
-            f"unfrozen_text_layers is {unfrozen}, but {kind} has {count} layers; give 0 to {count - 1}, or None"
-        )
-    return f"{lists[0]}.{count - unfrozen - 1}"
+def in_chunks(function: Callable[[torch.Tensor], torch.Tensor], pictures: torch.Tensor) -> torch.Tensor:
+    """`function` of a batch of which autograd records nothing; on a CPU four rows at a time, which its caches hold."""
+    if pictures.device.type != "cpu" or len(pictures) <= 4:
+        return function(pictures)
+    return torch.cat([function(chunk) for chunk in pictures.split(4)])
 
 
 class MMClfForImageTextClassification(PreTrainedModel):
@@ -172,6 +40,7 @@ class MMClfForImageTextClassification(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     accepts_loss_kwargs = False  # the loss is a mean over the batch; Trainer divides it by the accumulation steps
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -181,7 +50,9 @@ class MMClfForImageTextClassification(PreTrainedModel):
         if not (config.has_image or config.has_text):
             raise ValueError("the config has neither image_backbone nor text_config; expected at least one of them")
         self._timm_made = frozenset()
-        self._frozen = []
+        self._frozen = {"image": [], "text": []}
+        self._halves = {}  # of each backbone, once asked for: before the cut and after it
+        self._recomputing = False
         both = config.has_image and config.has_text
 
         if config.has_image:
@@ -191,11 +62,7 @@ class MMClfForImageTextClassification(PreTrainedModel):
             image_width = self.image_model.head_hidden_size if pooled else self.image_model.num_features
             if next(self.image_model.parameters()).device.type != "meta":
                 self._timm_made = frozenset(map(id, self.image_model.modules()))
-            if config.unfrozen_image_stages == 0:
-                self._frozen += self.image_model.modules()
-            elif config.unfrozen_image_stages is not None:
-                boundary = image_boundary(self.image_model, config.unfrozen_image_stages)
-                self._frozen += through(self.image_model, boundary)
+            self._frozen["image"] = frozen_image_modules(self.image_model, config.unfrozen_image_stages)
         if config.has_text:
             text_class = MODEL_MAPPING[type(config.text_config)]
             pools = "add_pooling_layer" in inspect.signature(text_class).parameters
@@ -205,10 +72,7 @@ class MMClfForImageTextClassification(PreTrainedModel):
             # an unused pooler would make DDP search for parameters without a gradient
             self.text_model = text_class(config.text_config, **({"add_pooling_layer": wants_pooler} if pools else {}))
             text_width = config.text_config.hidden_size
-            if config.unfrozen_text_layers == 0:
-                self._frozen += self.text_model.modules()
-            elif config.unfrozen_text_layers is not None:
-                self._frozen += through(self.text_model, text_boundary(self.text_model, config.unfrozen_text_layers))
+            self._frozen["text"] = frozen_text_modules(self.text_model, config.unfrozen_text_layers)
 
         if both:
             self.missing_image = StandIn(image_width, config.learned_missing)
@@ -252,7 +116,7 @@ class MMClfForImageTextClassification(PreTrainedModel):
             if parameter.ndim == 4
         ):
             self.image_model.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
-        for module in self._frozen:
+        for module in (*self._frozen["image"], *self._frozen["text"]):
             # attributes of the module itself: a container of frozen and trained parts must not switch its children
             module.training = False
             for parameter in module.parameters(recurse=False):
@@ -344,42 +208,154 @@ class MMClfForImageTextClassification(PreTrainedModel):
         self.text_model.load_state_dict({name: donor.state_dict()[name] for name in wanted})
         return source if weights == "hub" else Path(weights).name
 
-    def image_features(
-        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The image backbone's tokens and their mask, false for absent pictures: (B, 3, H, W) -> (B, N, D), (B, N)."""
-        if image_mask is not None:  # zero times NaN is NaN: the weights' gradients must not see absent pictures
-            pixel_values = torch.where(image_mask.bool()[:, None, None, None], pixel_values, 0)
-        features = self.image_model.forward_features(pixel_values)
+    def activation_checkpointing_enable(self, *args, **kwargs) -> None:
+        """Computes activations of the backbones again when they are needed, instead of keeping them.
+
+        The image backbone does so as timm provides for; running statistics still see each batch once. The arguments
+        are those of `PreTrainedModel` and go to the text backbone.
+
+        Raises:
+            `ValueError`: the image backbone cannot do that.
+        """
+        if self.config.has_text:
+            super().activation_checkpointing_enable(*args, **kwargs)
+        if not self.config.has_image:
+            return
+        try:
+            self.image_model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):  # which is how timm declines
+            raise ValueError(f"{self.config.image_backbone} has no activation checkpointing in timm") from None
+
+        def once(module: nn.Module, _: tuple, momentum: float | None) -> None:
+            module.momentum = 0.0 if self._recomputing else momentum
+            if self._recomputing and module.training:
+                module.num_batches_tracked -= 1
+
+        for module in self.image_model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+                module.register_forward_pre_hook(partial(once, momentum=module.momentum))
+
+    def _image_tokens(self, backbone: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        features = backbone.forward_features(pixel_values)
         if self.config.image_tokens == "pooled" or not self.config.has_text:
-            tokens = self.image_model.forward_head(features, pre_logits=True).unsqueeze(1)
-        elif features.ndim == 4:  # timm's CNNs give NCHW, its hierarchical transformers NHWC
-            channels_last = features.shape[1] != self.image_model.num_features
-            tokens = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+            return backbone.forward_head(features, pre_logits=True).unsqueeze(1)
+        if features.ndim == 4:  # timm's CNNs give NCHW, its hierarchical transformers NHWC
+            channels_last = features.shape[1] != backbone.num_features
+            return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+        return features[:, getattr(backbone, "num_prefix_tokens", 0) :]
+
+    def _image_halves(self, example: torch.Tensor) -> tuple[nn.Module, nn.Module] | None:
+        if "image" not in self._halves:
+            self._halves["image"] = cut(
+                self.image_model,
+                self._frozen["image"],
+                lambda backbone: backbone.forward_features(example),
+                lambda backbone, states: backbone.forward_features(states),
+            )
+        return self._halves["image"]
+
+    @torch.no_grad()
+    def image_states(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
+        """What the frozen part of the image backbone makes of pictures (B, 3, H, W); `forward` can go on from there.
+
+        The tokens (B, N, D) where all of it is frozen, else the activations at the cut; `None` where nothing is frozen
+        or the architecture cannot be cut.
+        """
+        if self.config.unfrozen_image_stages == 0:
+            return in_chunks(partial(self._image_tokens, self.image_model), pixel_values)
+        halves = self._image_halves(pixel_values[:1])
+        return in_chunks(halves[0].forward_features, pixel_values) if halves else None
+
+    def image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        states: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image backbone's tokens and their mask, false for absent pictures: (B, 3, H, W) -> (B, N, D), (B, N).
+
+        `states` of `image_states` can stand for the pictures.
+        """
+        self._recomputing = False
+        backbone = self.image_model
+        if states is None:
+            if image_mask is not None:  # zero times NaN is NaN: the weights' gradients must not see absent pictures
+                pixel_values = torch.where(image_mask.bool()[:, None, None, None], pixel_values, 0)
+            by_parts = pixel_values.device.type == "cpu" and not (
+                torch.compiler.is_compiling() or pixel_values.requires_grad
+            )
+            states = self.image_states(pixel_values) if by_parts else None
+        if states is None:
+            run = partial(self._image_tokens, backbone)
+            chunked = by_parts and not (self.training or torch.is_grad_enabled())
+            tokens = in_chunks(run, pixel_values) if chunked else run(pixel_values)
+        elif self.config.unfrozen_image_stages == 0:
+            tokens = states
         else:
-            tokens = features[:, getattr(self.image_model, "num_prefix_tokens", 0) :]
+            tokens = self._image_tokens(self._halves["image"][1], states)
+        self._recomputing = True  # what normalisation sees from now on, in the backward pass, it has seen before
         mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         return tokens, mask if image_mask is None else mask & image_mask.bool()[:, None]
 
+    def _text_tokens(self, backbone: nn.Module, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        # a row without any token would make attention divide by zero; its result is masked
+        attention_mask = torch.where(attention_mask.any(1, keepdim=True), attention_mask, 1)
+        encoded = backbone(attention_mask=attention_mask, return_dict=True, **inputs)
+        return encoded.pooler_output.unsqueeze(1) if self._text_is_pooled else encoded.last_hidden_state
+
+    @property
+    def _text_is_pooled(self) -> bool:
+        return not self.config.has_image and self.config.text_pooling == "pooler"
+
+    @torch.no_grad()
+    def text_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """What the frozen part of the text backbone makes of captions (B, T); `forward` can go on from there.
+
+        The tokens (B, N, D) where all of it is frozen, else the activations (B, T, D) at the cut; `None` where nothing
+        is frozen or the architecture cannot be cut.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        given |= {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        if self.config.unfrozen_text_layers == 0:
+            return self._text_tokens(self.text_model, **given)
+        if "text" not in self._halves:
+            self._halves["text"] = cut(
+                self.text_model,
+                self._frozen["text"],
+                lambda backbone: backbone(**given).last_hidden_state,
+                lambda backbone, states: (
+                    backbone(inputs_embeds=states, attention_mask=attention_mask).last_hidden_state
+                ),
+            )
+        halves = self._halves["text"]
+        return halves[0](**given).last_hidden_state if halves else None
+
     def text_features(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
+        states: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The text backbone's tokens and their mask, false for absent captions: (B, T) -> (B, N, D), (B, N).
 
-        A model that classifies the pooler's vector has this one token.
+        A model that classifies the pooler's vector has this one token. `states` of `text_states` can stand for the
+        captions, with the mask of those.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        # a row without any token would make attention divide by zero; its result is masked
-        attention_mask = torch.where(mask.any(1, keepdim=True), mask, 1)
-        extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        encoded = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **extra)
-        tokens, mask = encoded.last_hidden_state, mask.bool()
-        if not self.config.has_image and self.config.text_pooling == "pooler":
-            tokens, mask = encoded.pooler_output.unsqueeze(1), mask.any(1, keepdim=True)
+        if states is None:
+            extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+            tokens = self._text_tokens(self.text_model, mask, input_ids=input_ids, **extra)
+        elif self.config.unfrozen_text_layers == 0:
+            tokens = states
+        else:
+            tokens = self._text_tokens(self._halves["text"][1], mask, inputs_embeds=states)
+        mask = mask.bool()
+        if self._text_is_pooled:
+            mask = mask.any(1, keepdim=True)
         return tokens, mask if text_mask is None else mask & text_mask.bool()[:, None]
 
     def classify(
@@ -407,6 +383,8 @@ class MMClfForImageTextClassification(PreTrainedModel):
         image_mask: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        image_states: torch.Tensor | None = None,
+        text_states: torch.Tensor | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple:
         r"""
@@ -420,6 +398,9 @@ class MMClfForImageTextClassification(PreTrainedModel):
                 What stands in the input of an absent one does not matter. A row without any token has no caption.
             labels (`torch.FloatTensor` of shape `(batch, num_labels)`, *optional*):
                 Multi-hot targets. With them the output has the loss: the mean binary cross-entropy, in fp32.
+            image_states, text_states (`torch.FloatTensor`, *optional*):
+                What the methods of these names give, in place of `pixel_values` and of `input_ids`; `attention_mask`
+                is then that of the states.
 
         Returns:
             `SequenceClassifierOutput` with `logits` of shape `(batch, num_labels)`; scores are their sigmoids.
@@ -428,19 +409,21 @@ class MMClfForImageTextClassification(PreTrainedModel):
             `ValueError`: neither modality is given, or one that the model does not have.
         """
         config = self.config
-        if pixel_values is not None and not config.has_image:
+        has_image = pixel_values is not None or image_states is not None
+        has_text = input_ids is not None or text_states is not None
+        if has_image and not config.has_image:
             raise ValueError("got pixel_values, but this model has no image backbone")
-        if input_ids is not None and not config.has_text:
+        if has_text and not config.has_text:
             raise ValueError("got input_ids, but this model has no text backbone")
-        given = [value for value in (pixel_values, input_ids) if value is not None]
-        if not given:
+        if not (has_image or has_text):
             names = ["pixel_values"] * config.has_image + ["input_ids"] * config.has_text
             raise ValueError(f"expected {' or '.join(names)}, got neither")
 
-        image = None if pixel_values is None else self.image_features(pixel_values, image_mask)
-        text = None
-        if input_ids is not None:
-            text = self.text_features(input_ids, attention_mask, token_type_ids, text_mask)
+        image = text = None
+        if has_image:
+            image = self.image_features(pixel_values, image_mask, image_states)
+        if has_text:
+            text = self.text_features(input_ids, attention_mask, token_type_ids, text_mask, text_states)
         logits = self.classify(image, text)
         loss = None
         if labels is not None:

@@ -1,0 +1,114 @@
+"""How pictures and captions meet: attention between their tokens, stand-ins for absent ones, projections.
+
+Pushed to the Hub as code, so it imports third-party packages only and stands alone.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .configuration_mmclf import MMClfConfig
+
+
+class Attention(nn.Module):
+    """Single-head scaled dot-product attention without an output projection.
+
+    Args:
+        query_width (`int`): Size of the tokens that ask.
+        key_width (`int`): Size of the tokens that are attended to.
+        width (`int`): Size of queries, keys and values, and so of the result.
+    """
+
+    def __init__(self, query_width: int, key_width: int, width: int):
+        super().__init__()
+        self.query = nn.Linear(query_width, width)
+        self.key = nn.Linear(key_width, width)
+        self.value = nn.Linear(key_width, width)
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
+        # a dimension of one head: fused kernels and the ONNX exporter take nothing else
+        query, key, value = (x[:, None] for x in (self.query(queries), self.key(keys), self.value(keys)))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask[:, None, None])
+        return attended.squeeze(1)  # (B, Nq, width)
+
+
+class ScaleNorm(nn.Module):
+    """Tokens times a learned vector, then LayerNorm."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.norm(tokens * self.scale)
+
+
+class StandIn(nn.Module):
+    """Puts one vector, learned or zero, in the place of the tokens of rows without any: (B, N, D), (B, N) -> the same.
+
+    Args:
+        width (`int`): Size of the tokens.
+        learned (`bool`): Whether the vector is a parameter.
+    """
+
+    def __init__(self, width: int, learned: bool):
+        super().__init__()
+        self.width = width
+        self.vector = nn.Parameter(torch.zeros(width)) if learned else None
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # where(), not multiplication: whatever stands in the absent rows (even NaN) is dropped, with its gradient
+        present = mask.any(1, keepdim=True)
+        vector = tokens.new_zeros(self.width) if self.vector is None else self.vector.to(tokens.dtype)
+        return torch.where(present.unsqueeze(-1), tokens, vector), mask | ~present
+
+    def blank(self, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One absent token for each row of the other modality's tokens."""
+        return other.new_zeros(len(other), 1, self.width), other.new_zeros(len(other), 1, dtype=torch.bool)
+
+
+def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens where `mask` is true: (B, N, D), (B, N) -> (B, D)."""
+    weights = mask.unsqueeze(-1).to(tokens.dtype)
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+class Fusion(nn.Module):
+    """Image and text tokens in, one vector for each modality out; the kinds are described in [`MMClfConfig`]."""
+
+    def __init__(self, config: MMClfConfig, image_width: int, text_width: int):
+        super().__init__()
+        self.kind = config.fusion
+        widths = {  # of the tokens that ask and of those that answer, for the image-side vector
+            "self": (image_width, image_width),
+            "cross_text": (text_width, image_width),
+            "cross_image": (image_width, text_width),
+        }.get(self.kind)
+        self.image_attention = Attention(*widths, image_width) if widths else None
+        self.text_attention = Attention(text_width, text_width, text_width) if self.kind == "self" else None
+        self.image_norm = ScaleNorm(image_width) if config.fusion_norm else None
+        self.text_norm = ScaleNorm(text_width) if config.fusion_norm else None
+
+    def forward(
+        self, image: torch.Tensor, image_mask: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = image_mask  # of the tokens that end up on the image side
+        if self.kind == "cross_text":
+            image, mask = self.image_attention(text, image, image_mask), text_mask
+        elif self.kind == "cross_image":
+            image = self.image_attention(image, text, text_mask)
+        elif self.kind == "self":
+            image = self.image_attention(image, image, image_mask)
+            text = self.text_attention(text, text, text_mask)
+        if self.image_norm is not None:
+            image, text = self.image_norm(image), self.text_norm(text)
+        return masked_mean(image, mask), masked_mean(text, text_mask)
+
+
+def projection(config: MMClfConfig, width: int) -> nn.Module:
+    """The way of one modality's vector into the common width."""
+    linear = nn.Linear(width, config.width)
+    if not config.projection_norm:
+        return linear
+    return nn.Sequential(linear, nn.BatchNorm1d(config.width), nn.ReLU(), nn.Dropout(config.dropout))
