@@ -102,6 +102,12 @@ class MMClfTrainingArguments(TrainingArguments):
             model that knows nothing but the embedded data set, else to `"unknown"`.
         save_predictions (`bool`, *optional*, defaults to `False`): Write `predictions-validation.csv`, `-test.csv`.
         keep_checkpoints (`bool`, *optional*, defaults to `False`): Keep `checkpoints/` in a finished output folder.
+        cache_features (`bool`, *optional*, defaults to `False`):
+            Compute what the frozen parts make of training and validation rows once and keep it on disk: see
+            [`FeatureCache`]. Reports still come from the files.
+        cached_views (`int`, *optional*, defaults to 4):
+            How many random variants of each training row the cache holds; without augmentation it is 1.
+        feature_cache_dir (`str`, *optional*): Where the cache is; defaults to `hf_mmclf/features` in `HF_HOME`.
     """
 
     _argument_group_name = "training"
@@ -128,6 +134,13 @@ class MMClfTrainingArguments(TrainingArguments):
     )
     save_predictions: bool = _field(False, "Write predictions-validation.csv and predictions-test.csv.")
     keep_checkpoints: bool = _field(False, "Keep checkpoints/ in the finished output folder.")
+    cache_features: bool = _field(
+        False, "Compute what frozen parts make of the rows once, keep it on disk, and train on that."
+    )
+    cached_views: int = _field(4, "Random variants of each training row in the feature cache; 1 without augmentation.")
+    feature_cache_dir: str | None = _field(
+        None, "Folder of the feature cache. Default: beside the caches of the Hub; see hf-mmclf cache."
+    )
 
     def __post_init__(self):
         if self.push_to_hub:
@@ -140,6 +153,8 @@ class MMClfTrainingArguments(TrainingArguments):
                 f"license is {self.license!r}; expected an identifier of the Hub such as mit, apache-2.0, cc-by-4.0, "
                 "or 'other' for a licence that it does not know"
             )
+        if self.cached_views < 1:
+            raise ValueError(f"cached_views is {self.cached_views}; expected at least 1")
         if self.eval_strategy == "steps" and self.eval_steps is None:
             self.eval_steps = self.save_steps  # transformers would take logging_steps
         super().__post_init__()

@@ -1,7 +1,7 @@
 """The model: two backbones, a fusion and a classifier. Either backbone may be absent."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -122,6 +122,14 @@ class MMClfForImageTextClassification(PreTrainedModel):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
         return self
+
+    def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and buffers of the frozen parts, by name."""
+        frozen = {id(module) for modules in self._frozen.values() for module in modules}
+        for name, module in self.named_modules():
+            if id(module) in frozen:
+                yield from module.named_parameters(name, recurse=False)
+                yield from module.named_buffers(name, recurse=False)
 
     @property
     def max_tokens(self) -> int:
@@ -409,6 +417,7 @@ class MMClfForImageTextClassification(PreTrainedModel):
             `ValueError`: neither modality is given, or one that the model does not have.
         """
         config = self.config
+        image_states, text_states = (x if x is None else x.to(self.dtype) for x in (image_states, text_states))
         has_image = pixel_values is not None or image_states is not None
         has_text = input_ids is not None or text_states is not None
         if has_image and not config.has_image:

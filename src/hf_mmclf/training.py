@@ -1,5 +1,6 @@
 """The main job: rows in, one folder with a trained model and its thresholds out."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from safetensors.torch import load_model
 from torch import nn
 from transformers import AutoConfig, EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -17,6 +19,7 @@ from .batches import Collator, EvaluationImageTransform, RowTransform
 from .configuration_mmclf import MMClfConfig
 from .data import DataArguments, PreparedData, picture_paths, prepare_data
 from .evaluation import ComputeMetrics, report, report_table, scores_of
+from .feature_cache import FeatureCache
 from .finished import save_model, whole_folder
 from .image_processing_mmclf import MMClfImageProcessor
 from .metrics import best_threshold, label_thresholds
@@ -183,20 +186,32 @@ def train(
     collator = Collator(tokenizer, getattr(tokenizer, "model_max_length", 0), size)
     evaluation = RowTransform(prepared.folder, processor and EvaluationImageTransform(processor))
     training = RowTransform(prepared.folder, *_augmentations(augmentation, processor))
-    trainer = MMClfTrainer(
-        model=model,
-        args=args,
-        data_collator=collator,
-        train_dataset=train_rows.with_transform(training),
-        eval_dataset=prepared.splits["validation"].with_transform(evaluation),
-        compute_metrics=ComputeMetrics(),
-    )
+    datasets = {
+        "train_dataset": train_rows.with_transform(training),
+        "eval_dataset": prepared.splits["validation"].with_transform(evaluation),
+        "data_collator": collator,
+    }
+    if args.cache_features:
+        if resume is not None:  # Trainer loads it too, but only when training begins
+            load_model(model, Path(resume) / "model.safetensors", strict=False)
+        recipe = dataclasses.asdict(augmentation) | {"image_processor": processor and processor.to_dict()}
+        cache = FeatureCache(model, collator, args, recipe)
+        views = args.cached_views if any(dataclasses.astuple(augmentation)) else 1
+        wanted = {"train": (train_rows, training, views), "validation": (prepared.splits["validation"], evaluation, 1)}
+        cached = cache.compute(wanted, say)
+        datasets = {
+            "train_dataset": cached["train"],
+            "eval_dataset": cached["validation"],
+            "data_collator": cache.cached_collator,
+        }
+    trainer = MMClfTrainer(model=model, args=args, compute_metrics=ComputeMetrics(), **datasets)
     if args.early_stopping_patience and args.load_best_model_at_end:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     elif args.early_stopping_patience:
         say("No early stopping: it needs load_best_model_at_end, which is off")
     trainer.train(resume_from_checkpoint=resume)
 
+    trainer.data_collator = collator  # reports are of rows as users will give them
     reports, outcomes, speed = {}, {}, {}
     for name in ("validation", "test"):
         rows = prepared.splits.get(name)
