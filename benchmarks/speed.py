@@ -6,6 +6,8 @@ WHAT is one of
 
     training    JPEG to optimizer step, against the baseline and against the same step on tensors in memory
     frozen      the same where both backbones are frozen (densitybert), first epoch
+    cached      ten epochs of densitybert with the feature cache, computing it included, against ten of the baseline
+    processes   a step of two processes, against one process with the same global batch
     loading     training rows a second and core, against the baseline's
     evaluation  `FinishedModel.scores` from files, against the bare forward pass
     pipeline    `pipeline` on a list of files, against the bare forward pass
@@ -24,6 +26,7 @@ import copy
 import csv
 import dataclasses
 import itertools
+import json
 import os
 import random
 import shutil
@@ -51,6 +54,7 @@ from hf_mmclf.arguments import machine_defaults
 from hf_mmclf.augmentation import ImageAugmentation, TextAugmentation
 from hf_mmclf.batches import Collator, EvaluationImageTransform, RowTransform
 from hf_mmclf.data import DataArguments, prepare_data
+from hf_mmclf.feature_cache import FeatureCache
 from hf_mmclf.metrics import metrics_table
 from hf_mmclf.sources import read_table
 from hf_mmclf.tokenization import load_tokenizer
@@ -59,6 +63,7 @@ from hf_mmclf.training import build_config, build_image_processor, build_model, 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 BATCH = 16
 SKIPPED = 4  # first steps, in which workers start and buffers fill
+CACHED = 2_000  # rows of the table of which the features are cached
 AHEAD = 10  # batches more than are measured, so that loading never rests before the end
 
 
@@ -117,7 +122,8 @@ class Workload:
         self.strength = dataclasses.asdict(strengths)
         swap = self.strength.pop("swap_words")
         augmentation = ImageAugmentation.from_processor(known, **self.strength)
-        self.augmented = self.rows.with_transform(RowTransform(self.folder, augmentation, TextAugmentation(swap)))
+        self.transform = RowTransform(self.folder, augmentation, TextAugmentation(swap))
+        self.augmented = self.rows.with_transform(self.transform)
         by_hand = baseline.augmentation(size, known.image_mean, known.image_std, **self.strength)
         plain_rows = self.rows.to_list()
         self.by_hand = baseline.CaptionedPictures(plain_rows, self.folder, by_hand, tokenizer, positions, swap)
@@ -136,6 +142,18 @@ class Workload:
     @cached_property
     def plain_model(self) -> nn.Module:
         return baseline.frozen_by_hand(self.model)
+
+    def cached(self, views: int) -> float:
+        """Rows a second of all epochs that the arguments name, with a feature cache that has to be computed first."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.args.feature_cache_dir = folder
+            began = time.perf_counter()
+            cache = FeatureCache(self.model, self.collator, self.args, {})
+            rows = cache.compute({"train": (self.rows, self.transform, views)}, partial(print, file=sys.stderr))
+            trainer = MMClfTrainer(self.model, self.args, cache.cached_collator, rows["train"])
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            return self.args.num_train_epochs * len(self.rows) / (time.perf_counter() - began)
 
     def baseline(self) -> float:
         """Rows a second of the loop written by hand."""
@@ -243,6 +261,14 @@ def training(options: argparse.Namespace, preset: str = "warmerdbert", target: s
     ]
 
 
+def cached(options: argparse.Namespace) -> list[dict]:
+    epochs = ["--max_steps", "-1", "--num_train_epochs", "10"]
+    work = Workload(options.preset or "densitybert", options.steps or 20, *epochs, rows=CACHED)
+    runs = {f"{views}_views": partial(work.cached, views) for views in (1, work.args.cached_views)}
+    figures = take_turns(options.rounds, **runs, baseline=work.baseline)
+    return [compare(figures, run, "baseline", "rows/s", ">= 20") for run in runs]
+
+
 def loading(options: argparse.Namespace) -> list[dict]:
     work = Workload(options.preset or "warmerdbert", options.steps or 20, "--dataloader_num_workers", "0")
     torch.set_num_threads(1)
@@ -257,6 +283,33 @@ def loading(options: argparse.Namespace) -> list[dict]:
     by_hand = baseline.loader(work.by_hand, BATCH, workers=0)
     runs = {"ours": partial(rate, work.trainer().get_train_dataloader()), "baseline": partial(rate, by_hand)}
     return [compare(take_turns(options.rounds, **runs), "ours", "baseline", "rows/s and core", ">= 2.3")]
+
+
+def processes(options: argparse.Namespace) -> list[dict]:
+    with tempfile.TemporaryDirectory() as scratch:
+        source, folder = pictures(Path(scratch))
+        table = Path(scratch) / "table.parquet"
+        rows = (options.steps or 20) * BATCH * 5 // 4
+        source.select([row % len(source) for row in range(rows)]).to_parquet(table)
+        run = partial(launched, options.preset or "warmerdbert", table, folder)
+        figures = take_turns(options.rounds, two_processes=partial(run, 2), one_process=partial(run, 1))
+    return [compare(figures, "two_processes", "one_process", "rows/s", "-")]
+
+
+def launched(preset: str, table: Path, folder: Path, count: int) -> float:
+    """Rows a second of an epoch in so many processes, which share the batch and the cores."""
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    with tempfile.TemporaryDirectory() as scratch:
+        command = ["accelerate", "launch", "--cpu", "--num_processes", str(count), "--num_machines", "1"]
+        command += ["--num_cpu_threads_per_process", str(threads), *(["--multi_gpu"] if count > 1 else [])]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "hf_mmclf.cli", "train"]
+        command += ["--data", str(table), "--image_dir", str(folder), "--preset", preset, "--from_scratch"]
+        command += ["--num_train_epochs", "1", "--per_device_train_batch_size", str(BATCH // count), "--use_cpu"]
+        command += ["true", "--test_fraction", "0", "--disable_tqdm", "true", "--output_dir", f"{scratch}/output"]
+        command += ["--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        history = json.loads(Path(scratch, "output", "training.json").read_text())["history"]
+    return next(entry["train_samples_per_second"] for entry in history if "train_samples_per_second" in entry)
 
 
 def against_bare_forward(options: argparse.Namespace, run: str, target: str) -> list[dict]:
@@ -349,6 +402,8 @@ def peak_memory() -> float:
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[dict]]] = {
     "training": training,
     "frozen": partial(training, preset="densitybert", target=">= 2.5"),
+    "cached": cached,
+    "processes": processes,
     "loading": loading,
     "evaluation": partial(against_bare_forward, run="scores", target=">= 0.85"),
     "pipeline": partial(against_bare_forward, run="pipeline", target=">= 0.8"),

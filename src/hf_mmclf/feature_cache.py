@@ -72,7 +72,8 @@ class CachedRows(torch.utils.data.Dataset):
 
 
 def _arrays(lists: pa.ListArray) -> list[np.ndarray]:
-    return np.split(lists.flatten().to_numpy(), np.cumsum(lists.value_lengths().to_numpy())[:-1])
+    values = np.array(lists.flatten())  # a copy, since torch wants what can be written to
+    return np.split(values, np.cumsum(lists.value_lengths().to_numpy())[:-1])
 
 
 @dataclasses.dataclass

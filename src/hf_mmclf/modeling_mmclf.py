@@ -86,6 +86,7 @@ class MMClfForImageTextClassification(PreTrainedModel):
         self.dropout = nn.Dropout(0.0 if both and config.projection_norm else config.dropout)
         self.classifier = nn.Linear(classifier_width, config.num_labels)
         self.post_init()
+        self._settle_parameters()
         self.train(self.training)
 
     def _init_weights(self, module: nn.Module):
@@ -104,24 +105,29 @@ class MMClfForImageTextClassification(PreTrainedModel):
             module.init_non_persistent_buffers()  # timm's tables of positions: not in a file, garbage after loading
 
     def train(self, mode: bool = True) -> "MMClfForImageTextClassification":
-        """Like `nn.Module.train`, but frozen parts stay in evaluation mode and without gradients.
+        """Like `nn.Module.train`, but frozen parts stay in evaluation mode.
 
-        `from_pretrained` replaces parameters, forgets `requires_grad` and the layout; it ends with `.eval()`, which
-        comes here.
+        `.eval()` also settles gradients and layout again, which `from_pretrained` forgets where it replaces
+        parameters: it ends with `.eval()`.
         """
         super().train(mode)
+        for module in (*self._frozen["image"], *self._frozen["text"]):
+            module.training = False  # not module.eval(): a container may have parts that train
+        if not mode:
+            self._settle_parameters()
+        return self
+
+    def _settle_parameters(self) -> None:
+        """Frozen parameters ask for no gradient; those of convolutions get the layout in which they are fastest."""
         if self.config.has_image and not all(
             parameter.is_contiguous(memory_format=torch.channels_last)
             for parameter in self.image_model.parameters()
             if parameter.ndim == 4
         ):
-            self.image_model.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+            self.image_model.to(memory_format=torch.channels_last)
         for module in (*self._frozen["image"], *self._frozen["text"]):
-            # attributes of the module itself: a container of frozen and trained parts must not switch its children
-            module.training = False
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-        return self
 
     def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Parameters and buffers of the frozen parts, by name."""
