@@ -300,9 +300,20 @@ def launched(preset: str, table: Path, folder: Path, count: int) -> float:
     """Rows a second of an epoch in so many processes, which share the batch and the cores."""
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     with tempfile.TemporaryDirectory() as scratch:
-        command = ["accelerate", "launch", "--cpu", "--num_processes", str(count), "--num_machines", "1"]
-        command += ["--num_cpu_threads_per_process", str(threads), *(["--multi_gpu"] if count > 1 else [])]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "hf_mmclf.cli", "train"]
+        # --multi_gpu is accelerate's way to torchrun; its --cpu starts one process, whatever --num_processes says
+        command = ["accelerate", "launch", *(["--multi_gpu"] if count > 1 else ["--cpu"])]
+        command += ["--num_processes", str(count), "--num_machines", "1"]
+        command += [
+            "--num_cpu_threads_per_process",
+            str(threads),
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "-m",
+            "hf_mmclf.cli",
+            "train",
+        ]
         command += ["--data", str(table), "--image_dir", str(folder), "--preset", preset, "--from_scratch"]
         command += ["--num_train_epochs", "1", "--per_device_train_batch_size", str(BATCH // count), "--use_cpu"]
         command += ["true", "--test_fraction", "0", "--disable_tqdm", "true", "--output_dir", f"{scratch}/output"]

@@ -1,4 +1,4 @@
-"""The command `hf-mmclf`: train, evaluate, predict, push, export, presets."""
+"""The command `hf-mmclf`: train, evaluate, predict, push, export, presets, cache."""
 
 import argparse
 import dataclasses
@@ -27,6 +27,7 @@ Several labels for every picture with a caption.
   push       a finished model to the Hub        hf-mmclf push FOLDER user/name
   export     a finished model as ONNX           hf-mmclf export FOLDER --onnx
   presets    the systems that can be trained    hf-mmclf presets
+  cache      features kept from training runs   hf-mmclf cache --clear
 
 `hf-mmclf COMMAND --help` tells all about one of them, `hf-mmclf --version` which version this is.
 """
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; errors in what a person gave are one line, not a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": _train, "evaluate": _evaluate, "predict": _predict, "push": _push, "export": _export}
-    commands["presets"] = _presets
+    commands |= {"presets": _presets, "cache": _cache}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -260,6 +261,45 @@ def presets_table() -> str:
             row[field.name.replace("_", " ")] = getattr(poster, field.name) if poster else None
         rows.append(row)
     return metrics_table(rows)
+
+
+def _cache(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="hf-mmclf cache",
+        description="The feature caches that `hf-mmclf train --cache_features` has filled, that used last at the end.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--feature_cache_dir", type=Path, help="Folder of the caches (default: beside those of the Hub)."
+    )
+    parser.add_argument("--clear", action="store_true", help="Remove them.")
+    own = parser.parse_args(argv)
+    import shutil
+    import time
+
+    from .feature_cache import cache_entries, default_folder, folder_size, in_words
+    from .metrics import metrics_table
+
+    place = own.feature_cache_dir or default_folder()
+    entries = cache_entries(place)
+    if not entries:
+        print(f"No feature cache in {place}")
+        return
+    rows, total = [], 0
+    for folder, about in entries:
+        total += (size := folder_size(folder))
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / "about.json").stat().st_mtime))
+        row = {
+            "cache": folder.name,
+            "image backbone": about["image_backbone"],
+            "text backbone": about["text_backbone"],
+        }
+        rows.append(row | {"size": in_words(size), "last used": used})
+    print(metrics_table(rows))
+    if own.clear:
+        for folder, _ in entries:
+            shutil.rmtree(folder)
+    print(f"\n{in_words(total)} {'removed from' if own.clear else 'in'} {place}")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ class CachedRows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        views = torch.randint(self.views, (len(indices),)).tolist()
+        # one view needs no draw, so that all else is drawn as it is without a cache
+        views = torch.randint(self.views, (len(indices),)).tolist() if self.views > 1 else [0] * len(indices)
         table = self.states[[view * len(self) + index for view, index in zip(views, indices, strict=True)]]
         columns = {f"{name}_states": _arrays(table[name].combine_chunks()) for name in table.column_names}
         given = self.rows[list(indices)]
@@ -158,12 +159,13 @@ class FeatureCache:
             self.text_width,
         )
         about = {
-            "image_backbone": config.image_backbone,
-            "text_backbone": config.text_backbone or getattr(config.text_config, "model_type", None),
+            "image_backbone": config.image_backbone or "-",
+            "text_backbone": config.text_backbone or getattr(config.text_config, "model_type", "-"),
             "states": {"image": self.image_shape, "text": self.text_width and [None, self.text_width]},
             "unfrozen": [config.unfrozen_image_stages, config.unfrozen_text_layers],
             "config": {**config.to_dict(), **dict.fromkeys(_NOT_OF_THE_CUT)},
-            "recipe": {**recipe, "tokenizer": _digest_of_tokenizer(collator), "max_tokens": collator.max_tokens},
+            "recipe": {**recipe, "image_size": collator.image_size},
+            "tokenizer": [_digest_of_tokenizer(collator), collator.max_tokens],
             "precision": "bf16" if args.bf16 else "fp32",
             "versions": {name: _version(name) for name in PACKAGES},
         }
