@@ -167,6 +167,16 @@ def test_bf16_where_the_machine_has_it(available, monkeypatch):
     assert machine_defaults()["bf16"] is available
 
 
+@pytest.mark.parametrize("available", [True, False])
+def test_batches_for_an_accelerator_are_copied_while_it_computes(available, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: available)
+    args = parse_arguments(["--bf16", "false"])[-1]
+    assert args.dataloader_pin_memory is available
+    assert args.accelerator_config.non_blocking is available
+    own = parse_arguments(["--bf16", "false", "--accelerator_config", '{"non_blocking": false}'])[-1]
+    assert own.accelerator_config.non_blocking is False
+
+
 @pytest.mark.parametrize(
     "flags, expected",
     [

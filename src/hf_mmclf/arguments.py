@@ -191,14 +191,19 @@ COMMON = (
 
 
 def machine_defaults() -> dict[str, Any]:
-    """What the machine suggests: bf16 where an accelerator has it, and workers for the cores each process has."""
+    """What the machine suggests: bf16 where an accelerator has it, and workers for the cores each process has.
+
+    Batches for an accelerator come from pinned memory and are copied while it computes.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    accelerated = torch.accelerator.is_available()
     return {
         "bf16": is_torch_bf16_gpu_available(),
         "dataloader_num_workers": workers,
         "dataloader_persistent_workers": True,
-        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "dataloader_pin_memory": accelerated,
+        "accelerator_config": {"non_blocking": True} if accelerated else None,
     }
 
 
