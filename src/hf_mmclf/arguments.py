@@ -259,12 +259,16 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) 
     first = argparse.ArgumentParser(prog=prog, usage=parser.usage, add_help=False, allow_abbrev=False)
     for name in ("config", "preset", "data"):
         first.add_argument(f"--{name}")
+    first.add_argument("--streaming", nargs="?", const="true", default="false")
     early, _ = first.parse_known_args(argv)
     try:
         from_file = _read_yaml(early.config) if early.config else {}
         preset = early.preset or from_file.get("preset")
         preset = str(preset or ("warmerdbert" if early.data or from_file.get("data") else "demo"))
-        parser.set_defaults(**{**machine_defaults(), **get_preset(preset).recipe})
+        streaming = from_file.get("streaming") or early.streaming.lower() == "true"
+        by_steps = dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.1, save_steps=0.1)
+        defaults = {**machine_defaults(), **get_preset(preset).recipe, **(by_steps if streaming else {})}
+        parser.set_defaults(**defaults)
         argv = [*_as_flags(parser, from_file, early.config), *argv]
     except (ValueError, OSError) as error:
         parser.error(str(error))

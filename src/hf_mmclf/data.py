@@ -54,6 +54,9 @@ class DataArguments:
     validation_fraction: float = _field(0.1, "Share of the training rows to validate on when no split is given.")
     test_fraction: float = _field(0.1, "Share of the rows to test on when no split is given.")
     split_seed: int = _field(0, "Seed of the stratified split.")
+    streaming: bool = _field(False, "Read training rows as they come, never all of them; needs --max_steps.")
+    shuffle_buffer: int = _field(1000, "Rows that a stream is shuffled among.")
+    validation_rows: int = _field(0, "Rows at the beginning of a stream to validate on.")
     bad_images: Literal["error", "skip", "missing"] = _field(
         "error", "A picture that cannot be read: stop, leave the row out, or treat the picture as absent."
     )
@@ -296,7 +299,7 @@ def _without_bad_images(data: Dataset, folder: Path, policy: str) -> tuple[Datas
         return None
 
     with ThreadPoolExecutor() as pool:
-        problems = list(tqdm(pool.map(problem, range(len(data))), total=len(data), desc="Checking pictures"))
+        problems = list(tqdm(pool.map(problem, range(len(data))), total=len(data), desc="Checking pictures", delay=1))
     bad = {row: reason for row, reason in enumerate(problems) if reason is not None}
     listed = [(data[row]["where"], reason) for row, reason in bad.items()]
     if not bad:

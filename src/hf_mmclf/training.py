@@ -2,22 +2,30 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from safetensors.torch import load_model
 from torch import nn
-from transformers import AutoConfig, EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import (
+    AutoConfig,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerState,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from .arguments import AugmentationArguments, MMClfTrainingArguments, ModelArguments
 from .augmentation import ImageAugmentation, TextAugmentation
 from .batches import Collator, EvaluationImageTransform, RowTransform
 from .configuration_mmclf import MMClfConfig
-from .data import DataArguments, PreparedData, picture_paths, prepare_data
+from .data import DataArguments, picture_paths, prepare_data
 from .evaluation import ComputeMetrics, report, report_table, scores_of
 from .feature_cache import FeatureCache
 from .finished import save_model, whole_folder
@@ -27,15 +35,20 @@ from .modeling_mmclf import MMClfForImageTextClassification
 from .presets import config_from_preset
 from .processing_mmclf import MMClfProcessor
 from .records import machine_name, run_record, write_records
+from .streaming import StreamCollator, open_stream
 from .tokenization import load_tokenizer
 
 CHECKPOINTS = "checkpoints"
 
 
 class MMClfTrainer(Trainer):
-    """`Trainer` with learning rates by part and no weight decay on one-dimensional parameters."""
+    """`Trainer` with learning rates by part and no weight decay on one-dimensional parameters.
+
+    `train_collator` makes batches of training rows where these are another kind than those to evaluate on.
+    """
 
     args: MMClfTrainingArguments
+    train_collator: Callable | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments name, over [`parameter_groups`]."""
@@ -47,14 +60,16 @@ class MMClfTrainer(Trainer):
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Leaves out a last batch of a single row where BatchNorm could not work on it; evaluation keeps all rows."""
-        given = self.args.dataloader_drop_last
-        lonely = len(self.train_dataset) % self.args.train_batch_size == 1 < len(self.train_dataset)
-        if lonely and any(isinstance(module, nn.BatchNorm1d) for module in self.model.modules()):
-            self.args.dataloader_drop_last = True
+        given = self.args.dataloader_drop_last, self.data_collator
+        if not isinstance(self.train_dataset, IterableDataset):  # which has no last batch
+            lonely = len(self.train_dataset) % self.args.train_batch_size == 1 < len(self.train_dataset)
+            if lonely and any(isinstance(module, nn.BatchNorm1d) for module in self.model.modules()):
+                self.args.dataloader_drop_last = True
+        self.data_collator = self.train_collator or self.data_collator
         try:
             return super().get_train_dataloader()
         finally:
-            self.args.dataloader_drop_last = given
+            self.args.dataloader_drop_last, self.data_collator = given
 
 
 def parameter_groups(model: nn.Module, args: MMClfTrainingArguments) -> list[dict[str, Any]]:
@@ -145,8 +160,14 @@ def train(
     set_seed(args.seed)
     main = args.process_index == 0
     say = print if main else _be_silent
-    prepared = prepare_data(data_args, config.has_image, config.has_text)
-    train_rows = prepared.splits["train"]
+    stream = None
+    if data_args.streaming:
+        _check_streaming(args)
+        args.accelerator_config.dispatch_batches = False  # each process decodes its own pictures
+        stream, prepared = open_stream(data_args, config.has_image, config.has_text, args.seed)
+    else:
+        prepared = prepare_data(data_args, config.has_image, config.has_text)
+    train_rows = stream.head if stream else prepared.splits["train"]
     say(f"Rows: {', '.join(f'{name} {len(split):,}' for name, split in prepared.splits.items())}")
     say(f"  splits: {prepared.split_source}; labels: {', '.join(prepared.labels.names)}")
     if prepared.bad_images:
@@ -167,7 +188,7 @@ def train(
     config.id2label = dict(enumerate(prepared.labels.names))
     config.label2id = {name: i for i, name in config.id2label.items()}
     config.label_ids = list(prepared.labels.ids)
-    missing = _settle_missing(config, prepared, say)
+    missing = _settle_missing(config, {"train": train_rows, **prepared.splits}, say)
     model = build_model(config, model_args, tokenizer)
     if tokenizer is not None:
         tokenizer.model_max_length = min(model_args.max_tokens, model.max_tokens)  # saved with it
@@ -187,7 +208,7 @@ def train(
     evaluation = RowTransform(prepared.folder, processor and EvaluationImageTransform(processor))
     training = RowTransform(prepared.folder, *_augmentations(augmentation, processor))
     datasets = {
-        "train_dataset": train_rows.with_transform(training),
+        "train_dataset": stream.rows if stream else train_rows.with_transform(training),
         "eval_dataset": prepared.splits["validation"].with_transform(evaluation),
         "data_collator": collator,
     }
@@ -205,6 +226,10 @@ def train(
             "data_collator": cache.cached_collator,
         }
     trainer = MMClfTrainer(model=model, args=args, compute_metrics=ComputeMetrics(), **datasets)
+    if stream:
+        seen = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json")).global_step if resume else 0
+        skipped = seen * args.gradient_accumulation_steps
+        trainer.train_collator = StreamCollator(stream, training, collator, skipped)
     if args.early_stopping_patience and args.load_best_model_at_end:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     elif args.early_stopping_patience:
@@ -240,6 +265,16 @@ def train(
         print(f'  import hf_mmclf; from transformers import AutoModel; model = AutoModel.from_pretrained("{output}")')
     trainer.accelerator.wait_for_everyone()
     return output
+
+
+def _check_streaming(args: MMClfTrainingArguments) -> None:
+    """Nobody knows how many rows a stream has."""
+    if args.max_steps <= 0:
+        raise ValueError("--streaming has no epochs; give --max_steps")
+    if "epoch" in (args.eval_strategy, args.save_strategy):
+        raise ValueError("--streaming has no epochs; give --eval_strategy steps and --save_strategy steps")
+    if args.cache_features:
+        raise ValueError("--cache_features keeps something of each row on the disk, which --streaming avoids; choose")
 
 
 def _be_silent(*_: Any) -> None:
@@ -312,10 +347,10 @@ def _tokenizer(
     return tokenizer, description
 
 
-def _settle_missing(config: MMClfConfig, prepared: PreparedData, say: Any) -> dict[str, dict[str, int]]:
+def _settle_missing(config: MMClfConfig, splits: Mapping[str, Dataset], say: Any) -> dict[str, dict[str, int]]:
     """Says how many rows lack a picture or caption, and lets the model learn stand-ins if training rows do."""
     missing = {}
-    for name, split in prepared.splits.items() if config.has_image and config.has_text else ():
+    for name, split in splits.items() if config.has_image and config.has_text else ():
         cells = {"picture": picture_paths(split), "caption": split["text"][:]}
         counts = missing[name] = {kind: sum(cell is None for cell in column) for kind, column in cells.items()}
         if any(counts.values()):
