@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 COMPETITION_HEADERS = (["ImageID", "Labels", "Caption"], ["ImageID", "Caption"])
-ROWS_AT_ONCE = 20_000  # a whole table of Python's objects would take several times the memory of its columns
+ROWS_AT_ONCE = 1_000  # a whole table of Python's objects would take several times the memory of its columns
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
