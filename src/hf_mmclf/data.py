@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Image, concatenate_datasets
-from iterstrat.ml_stratifiers import IterativeStratification
 from tqdm.auto import tqdm
 
 from .batches import is_absent, open_image
 from .demo import DEMO_LABELS, demo_dataset
 from .labels import LabelSet, find_delimiter, parse_labels
 from .sources import from_arrow, read_source, with_columns, with_strings
+from .splits import stratified_split
 
 IMAGE_COLUMNS = ("image", "ImageID", "file_name", "image_path", "path", "filename")
 TEXT_COLUMNS = ("text", "Caption", "caption", "sentence")
@@ -372,28 +372,3 @@ def _picture_groups(data: Dataset) -> list[Any]:
 
     paths = enumerate(picture_paths(data))
     return [digest(row) if path is True else row if path is None else path for row, path in paths]
-
-
-def stratified_split(
-    labels: np.ndarray, fractions: Sequence[float], seed: int, groups: Sequence[Any] | None = None
-) -> list[np.ndarray]:
-    """
-    Splits rows so that each label has its share in each part (Sechidis, Tsoumakas and Vlahavas, 2011).
-
-    Args:
-        labels (`np.ndarray` of shape `(rows, labels)`): Multi-hot.
-        fractions (`Sequence[float]`): Share of each part; they add up to 1.
-        seed (`int`): Of the draws among equals.
-        groups (`Sequence`, *optional*): Rows of one group (captions of one picture) stay together.
-
-    Returns:
-        `list[np.ndarray]`: Row numbers of each part, ascending.
-    """
-    if any(share < 0 for share in fractions) or not np.isclose(sum(fractions), 1) or fractions[0] <= 0:
-        raise ValueError(f"fractions are {[round(share, 3) for share in fractions]}; expected shares that add up to 1")
-    index = {group: i for i, group in enumerate(dict.fromkeys(groups))} if groups is not None else range(len(labels))
-    member = np.array([index[group] for group in groups]) if groups is not None else np.arange(len(labels))
-    merged = np.zeros((len(index), labels.shape[1]), dtype=bool)
-    np.logical_or.at(merged, member, labels)
-    part = IterativeStratification(merged, np.array(fractions, dtype=float), np.random.RandomState(seed))
-    return [np.flatnonzero(part[member] == i) for i in range(len(fractions))]
