@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Image
+from datasets import Dataset, DatasetDict, Image, List, Value
 from PIL import Image as PILImage
 
 from hf_mmclf.batches import open_image
@@ -373,6 +373,22 @@ def test_rows_without_picture_or_caption(tmp_path):
     Path(data).write_text("\n".join([*lines, ",1,"]).replace(",1,text only", ",,"), encoding="utf-8")
     with pytest.raises(ValueError, match="rows have no picture or caption, which this model needs: train.csv:4"):
         prepare_data(args)
+
+
+def test_cells_that_are_blank_or_no_text(tmp_path):
+    """White space of any kind is no caption; numbers can name pictures; columns may be empty altogether."""
+    blanks = ["", " ", "\t\n", "\u3000", "\x1c\u2028\x85", None]
+    rows = Dataset.from_dict({"text": [*blanks, " a dog "], "image": list(range(7)), "labels": ["x"] * 7})
+    for name in ("0", *map(str, range(1, 7))):
+        (tmp_path / name).write_bytes(encoded())
+    labels = LabelSet(("x",), ("x",))
+    rows.to_parquet(tmp_path / "rows.parquet")
+    found = prepare_data(DataArguments(data=str(tmp_path / "rows.parquet")), labels=labels).splits["train"]
+    assert found["text"][:] == [None] * 6 + [" a dog "] and found["image"][:] == [str(i) for i in range(7)]
+    assert found["labels"][:] == [[1]] * 7 and found.features["labels"] == List(Value("float32"))
+    rows.remove_columns("text").add_column("text", [None] * 7).to_parquet(tmp_path / "rows.parquet")
+    found = prepare_data(DataArguments(data=str(tmp_path / "rows.parquet")), labels=labels).splits["train"]
+    assert found["text"][:] == [None] * 7 and found.features["text"] == Value("string")
 
 
 # Splits

@@ -183,6 +183,19 @@ def test_an_unknown_label_is_an_error_with_its_row_and_the_nearest(label, hint):
     assert str(error.value).startswith(f"t.csv:3: unknown label {label!r}; {hint}")
 
 
+def test_labels_of_cells_that_repeat():
+    """Each distinct cell is parsed and encoded once; an error names the first row that has it."""
+    cells = [["cat", "dog"], ["cat"], ["dog", "cat"], ["cat"], ["cat", "dog"]]
+    rows = parse_labels(table(cells), "labels")
+    assert rows == cells == parse_labels(table([" ".join(cell) for cell in cells]), "labels")
+    np.testing.assert_array_equal(LabelSet.from_rows(rows).encode(rows, []), [[1, 1], [1, 0], [1, 1], [1, 0], [1, 1]])
+    with pytest.raises(ValueError, match="t.csv:4: unknown label 'boat'"):
+        places = [f"t.csv:{line}" for line in range(2, 7)]
+        LabelSet.from_rows(rows).encode([["cat"], ["cat"], ["cat", "boat"], ["cat"], ["cat", "boat"]], places)
+    with pytest.raises(ValueError, match=r"t.csv:4: the labels are \[0, 1, 1\], of 0 and 1"):
+        parse_labels(table([[2, 3], [2, 3], [0, 1, 1], [0, 1, 1]]), "labels")
+
+
 def test_a_whole_table_of_every_form_gives_the_same_matrix():
     features = Features({"a": List(ClassLabel(names=["x", "y"])), "b": Value("string"), "where": Value("string")})
     rows = {"a": [[0], [0, 1], []], "b": ["x", "y x", ""], "where": ["1", "2", "3"]}

@@ -89,6 +89,34 @@ def test_json_objects_may_leave_keys_out(tmp_path):
     ]
 
 
+def test_a_table_read_in_pieces_is_the_table_read_at_once(tmp_path, monkeypatch):
+    """Columns that begin late, are empty at first, or turn from whole numbers to others, or from empty lists."""
+    rows = [{"image": "a.jpg"}, {"tags": []}, {"id": 1}, {"tags": ["x", None]}, {"text": "b", "id": 2.5}, {"size": {}}]
+    json_lines = "\n".join(map(json.dumps, rows))
+    lines = delimited([{"ImageID": f"{i}.jpg", "Caption": "two\nlines" * (i % 2)} for i in range(7)])
+    at_once = read(tmp_path / "t.jsonl", json_lines), read(tmp_path / "t.csv", lines)
+    monkeypatch.setattr(sources, "ROWS_AT_ONCE", 2)
+    assert (read(tmp_path / "t.jsonl", json_lines), read(tmp_path / "t.csv", lines)) == at_once
+    where = [f"t.csv:{line}" for line in (2, 3, 5, 6, 8, 9, 11)]
+    assert read_table(tmp_path / "t.csv")["where"][:] == where
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("t.jsonl", '{"a": "x"}\n{}\n{}\n{}\n{"a": 3}\n', "line 5: column 'a' is int here, but str on line 1"),
+        ("t.csv", "a,b\n1,2\n1,2\n1,2\n\n1,2,3\n1,2\n", "line 6: 3 columns, expected 2: '1,2,3.n'"),
+        ("t.csv", 'a,b\n1,2\n1,2\n1,"2\n2" 3\n4,5\n', "line 4: .*: '1,\"2.n2\" 3.n'; quote the field"),
+        ("t.csv", b"a,b\n1,2\n1,2\n1,caf\xe9\n1,2\n", "line 4: not UTF-8"),
+        ("t.csv", "ImageID,Caption\n1.jpg,a\n2.jpg,b\n3.jpg,c\nx\n", "line 5: neither a row .*'x'"),
+    ],
+)
+def test_what_cannot_be_read_in_a_later_piece_is_named_too(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr(sources, "ROWS_AT_ONCE", 2)
+    with pytest.raises(SourceError, match=message):
+        read_table(write(tmp_path / name, content))
+
+
 def test_a_folder_with_metadata_is_the_training_split(tmp_path):
     write(tmp_path / "metadata.csv", "file_name,text\nb/a.jpg,a dog\n")
     splits = read_source(str(tmp_path))

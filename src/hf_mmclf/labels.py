@@ -5,6 +5,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,25 @@ def parse_labels(
         values = [value if isinstance(value, list) else [value] for value in values]
         return [[inner.names[index] for index in value if index not in (None, -1)] for value in values]
     delimiter = delimiter or find_delimiter(values)
-    rows = []
-    for where, value in zip(data["where"][:], values, strict=True):
-        parts = value.split(delimiter) if isinstance(value, str) else value if isinstance(value, list) else [value]
+
+    @cache  # a long table repeats few combinations, and its rows share their lists
+    def parse(cell: Any) -> list[str]:
+        parts = cell.split(delimiter) if isinstance(cell, str) else cell if isinstance(cell, tuple) else (cell,)
         if len(parts) > 2 and all(part in (0, 1) for part in parts):
-            raise ValueError(f"{where}: the labels are {value!r}, of 0 and 1; give such labels a column each")
+            raise ValueError
+        return [label for label in map(_as_label, parts) if label]
+
+    rows = []
+    for row, value in enumerate(values):
         try:
-            rows.append([label for label in map(_as_label, parts) if label])
-        except TypeError:
+            rows.append(parse(tuple(value) if isinstance(value, list) else value))
+        except TypeError:  # also of what cannot be hashed, such as lists of lists
+            where = data["where"][row]
             raise ValueError(f"{where}: cannot read the labels {value!r}; expected text, lists or indices") from None
+        except ValueError:
+            raise ValueError(
+                f"{data['where'][row]}: the labels are {value!r}, of 0 and 1; give such labels a column each"
+            ) from None
     return rows
 
 
@@ -123,15 +134,17 @@ class LabelSet:
     def encode(self, rows: Sequence[Sequence[str]], where: Sequence[str]) -> np.ndarray:
         """Multi-hot labels, float32 of shape (rows, labels); `ValueError` naming the row of an unknown label."""
         index = {label: i for i, label in enumerate(self.ids)}
-        encoded = np.zeros((len(rows), len(self.ids)), dtype=np.float32)
-        for row, labels in enumerate(rows):
+        codes: dict[tuple[str, ...], int] = {}  # of each combination, in the order in which they are first seen
+        code = np.array([codes.setdefault(tuple(labels), len(codes)) for labels in rows], dtype=int)
+        encoded = np.zeros((len(codes), len(self.ids)), dtype=np.float32)
+        for labels, i in codes.items():
             for label in labels:
                 if label not in index:
                     near = difflib.get_close_matches(label, self.ids, n=1)
                     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(self.ids)}"
                     raise ValueError(
-                        f"{where[row]}: unknown label {label!r}; {hint}. Labels are those of the training rows, or of "
-                        "--label_names_file"
+                        f"{where[int(np.argmax(code == i))]}: unknown label {label!r}; {hint}. Labels are those of "
+                        "the training rows, or of --label_names_file"
                     )
-                encoded[row, index[label]] = 1
-        return encoded
+                encoded[i, index[label]] = 1
+        return encoded[code]

@@ -5,8 +5,10 @@
 """
 
 import csv
+import itertools
 import json
 import re
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 COMPETITION_HEADERS = (["ImageID", "Labels", "Caption"], ["ImageID", "Caption"])
+ROWS_AT_ONCE = 1_000  # a whole table of Python's objects would take several times the memory of its columns
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -66,27 +69,18 @@ def read_table(path: str | Path) -> Dataset:
         raise SourceError(f"{path}: unknown kind of table; expected one of {', '.join(TABLE_SUFFIXES)}")
     if path.suffix == ".parquet":
         return _read_parquet(path)
+    read_rows = _json_rows if path.suffix in (".jsonl", ".json") else _csv_rows
+    rows, tables = read_rows(path), []
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise SourceError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    if path.suffix in (".jsonl", ".json"):
-        header, rows = None, list(_json_rows(path, text))
-    else:
-        header, rows = _csv_rows(path, text)
-    if not rows:
-        raise SourceError(f"{path}: no rows")
-    if header is None:  # objects may leave keys out
-        header = list(dict.fromkeys(key for _, row in rows for key in row))
-        columns = {name: [row.get(name) for _, row in rows] for name in header}
-    else:
-        columns = {name: [row[i] for _, row in rows] for i, name in enumerate(header)}
-    lines = [line for line, _ in rows]
-    try:
-        return Dataset.from_dict({**columns, "where": [f"{path.name}:{line}" for line in lines]})
+        while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            names = dict.fromkeys(name for _, row in chunk for name in row)  # objects may leave keys out
+            columns = {name: pa.array([row.get(name) for _, row in chunk]) for name in names}
+            tables.append(pa.table({**columns, "where": pa.array([f"{path.name}:{line}" for line, _ in chunk])}))
+        if not tables:
+            raise SourceError(f"{path}: no rows")
+        return from_arrow(pa.concat_tables(tables, promote_options="permissive"))
     except (pa.ArrowException, OverflowError) as error:
-        raise SourceError(f"{path}{_uneven(columns, lines)}: {error}") from None
+        raise SourceError(f"{path}{_uneven(read_rows(path))}: {error}") from None
 
 
 def _read_parquet(path: Path) -> Dataset:
@@ -99,55 +93,73 @@ def _read_parquet(path: Path) -> Dataset:
     return _with_where(data, path.name)
 
 
-def _uneven(columns: dict[str, list], lines: list[int]) -> str:
+def _uneven(rows: Iterator[tuple[int, dict]]) -> str:
     """Where a column changes its kind, for an error."""
-    for name, values in columns.items():
-        kinds = {}
-        for line, value in zip(lines, values, strict=True):
+    kinds: dict[str, dict[str, int]] = {}  # of each column the line on which each kind is first seen
+    for line, row in rows:
+        for name, value in row.items():
             if value is not None:
-                kinds.setdefault(type(value).__name__, line)
-        if len(kinds) > 1:
-            (first, there), (other, line) = list(kinds.items())[:2]
+                kinds.setdefault(name, {}).setdefault(type(value).__name__, line)
+    for name, seen in kinds.items():
+        if len(seen) > 1:
+            (first, there), (other, line) = list(seen.items())[:2]
             return f", line {line}: column {name!r} is {other} here, but {first} on line {there}"
     return ""
 
 
-def _csv_rows(path: Path, text: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    first = text.partition("\n")[0].rstrip("\r")
+def _lines(path: Path) -> Iterator[str]:
+    """Lines with their ends, which are line feeds only: other breaks belong to the fields."""
+    with path.open("rb") as file:
+        for number, content in enumerate(file, 1):
+            try:
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise SourceError(
+                    f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8"
+                ) from None
+            yield line
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    delimiter, lines = "\t" if path.suffix == ".tsv" else ",", _lines(path)
+    first = next(lines, "").rstrip("\r\n")
     header = [] if "\r" in first else next(csv.reader([first], delimiter=delimiter), [])
     if len(set(header)) != len(header) or not header:
         raise SourceError(f"{path}, line 1: expected a header of distinct column names, got {first[:200]!r}")
-    reader = _competition_rows(path, text, len(header)) if header in COMPETITION_HEADERS else None
-    return header, list(reader or _plain_rows(path, text, delimiter, len(header)))
+    if header in COMPETITION_HEADERS:
+        rows = _competition_rows(path, lines, len(header))
+    else:
+        rows = _plain_rows(path, lines, delimiter, len(header))
+    return ((line, dict(zip(header, row, strict=True))) for line, row in rows)
 
 
-def _plain_rows(path: Path, text: str, delimiter: str, width: int) -> Iterator[tuple[int, list[str]]]:
+def _plain_rows(path: Path, lines: Iterator[str], delimiter: str, width: int) -> Iterator[tuple[int, list[str]]]:
     """Rows of a well-formed CSV; strict, since a lenient reader silently swallows rows after a stray quote."""
     csv.field_size_limit(2**31 - 1)
-    lines = re.split(r"(?<=\n)", text)  # only at line feeds: other breaks belong to the fields
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    next(reader)
-    start = reader.line_num + 1
+    start = 2  # after the header
+
+    def shown(end: int) -> str:
+        return repr("".join(itertools.islice(_lines(path), start - 1, end))[:200])
+
     try:
         for row in reader:
             if row and len(row) != width:
-                shown = "".join(lines[start - 1 : reader.line_num])[:200]
-                raise SourceError(f"{path}, line {start}: {len(row)} columns, expected {width}: {shown!r}")
+                end = reader.line_num + 1
+                raise SourceError(f"{path}, line {start}: {len(row)} columns, expected {width}: {shown(end)}")
             if row:
                 yield start, row
-            start = reader.line_num + 1
+            start = reader.line_num + 2
     except csv.Error as error:
-        shown = "".join(lines[start - 1 : start + 1])[:200]
         raise SourceError(
-            f"{path}, line {start}: {error}: {shown!r}; quote the field and double the quotes inside it"
+            f"{path}, line {start}: {error}: {shown(start + 1)}; quote the field and double the quotes inside it"
         ) from None
 
 
 _QUOTED = re.compile(r'"[^"]*(?:""[^"]*)*"\s*')
 
 
-def _competition_rows(path: Path, text: str, width: int) -> Iterator[tuple[int, list[str]]]:
+def _competition_rows(path: Path, lines: Iterator[str], width: int) -> Iterator[tuple[int, list[str]]]:
     """Rows of the competition's own CSV, which no CSV reader gets right.
 
     The caption is last and may hold commas, line breaks and bare quotes, quoted or not. So a row is a line that starts
@@ -159,7 +171,8 @@ def _competition_rows(path: Path, text: str, width: int) -> Iterator[tuple[int, 
         rf'("?)([^,"]+\.(?:jpe?g|png|webp|bmp|gif|tiff?)|(?=\1,\S))\1,{labels}(.*)', re.IGNORECASE | re.DOTALL
     )
     row, quoted = None, False  # quoted: the row's caption has opened a quote and not closed it
-    for line, content in enumerate(text.split("\n")[1:], 2):
+    for line, content in enumerate(lines, 2):
+        content = content.removesuffix("\n")
         match = start.match(content)
         if match and not (quoted and not match[2]):
             if quoted and _QUOTED.fullmatch("\n".join([*row[2], content])):
@@ -191,8 +204,9 @@ def _finish_competition_row(path: Path, line: int, fields: list[str], lines: lis
     return line, [*fields, caption]
 
 
-def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    for line, content in enumerate(text.split("\n"), 1):
+def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    for line, content in enumerate(_lines(path), 1):
+        content = content.removesuffix("\n")
         if not content.strip():
             continue
         try:
@@ -252,12 +266,17 @@ def _as_splits(data: Dataset | DatasetDict, source: str) -> dict[str, Dataset]:
 def _with_where(data: Dataset, name: str) -> Dataset:
     if "where" in data.column_names:
         data = data.remove_columns("where")
-    return with_columns(data, {"where": [f"{name}:{row}" for row in range(1, len(data) + 1)]})
+    return with_columns(data, {"where": pa.array(f"{name}:{row}" for row in range(1, len(data) + 1))})
+
+
+def from_arrow(table: pa.Table) -> Dataset:
+    """A table as it is; for a fingerprint of the content `datasets` would pickle it all, which doubles the memory."""
+    return Dataset(table, fingerprint=uuid.uuid4().hex)
 
 
 def with_columns(data: Dataset, columns: Mapping[str, Any]) -> Dataset:
-    """`data` with more columns; `Dataset.add_column` would pickle every value for its fingerprint, which is slow."""
-    return concatenate_datasets([data, Dataset.from_dict(columns)], axis=1)
+    """`data` with more columns, of Arrow arrays or what these can be made from."""
+    return concatenate_datasets([data, from_arrow(pa.table(dict(columns)))], axis=1)
 
 
 def with_strings(data: Dataset, columns: Mapping[str, list[str | None]]) -> Dataset:
