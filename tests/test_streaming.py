@@ -15,6 +15,7 @@ from hf_mmclf.data import DataArguments
 from hf_mmclf.image_processing_mmclf import MMClfImageProcessor
 from hf_mmclf.sources import read_table
 from hf_mmclf.streaming import StreamCollator, open_stream
+from hf_mmclf.tokenization import load_tokenizer
 
 NAMES = ["blue", "cat", "dog", "green", "red"]
 
@@ -138,11 +139,12 @@ def test_an_unknown_label_names_its_row(folder):
 @pytest.mark.parametrize(("policy", "rows"), [("error", None), ("skip", 1), ("missing", 2)])
 def test_bad_pictures(policy, rows, folder, tmp_path):
     stream, _ = open_stream(lines(folder, bad_images=policy), True, True, seed=0)
-    bad = tmp_path / "bad.png"
+    bad = tmp_path / "bad.png"  # a file, but no picture
     bad.write_bytes(b"no picture")
     transform = RowTransform(stream.folder, EvaluationImageTransform(MMClfImageProcessor(size=32)))
     given = [{**take(stream, 1)[0], "image": str(bad)}, take(stream, 1)[0]]
-    collate = StreamCollator(stream, transform, Collator(None, image_size=32))
+    tokenizer, _ = load_tokenizer("train", stream.head["text"], 60)
+    collate = StreamCollator(stream, transform, Collator(tokenizer, image_size=32))
     if rows is None:
         with pytest.raises(ValueError, match="bad.png"):
             collate(given)

@@ -284,7 +284,7 @@ def _recipe_rows(config: MMClfConfig, training: Mapping[str, Any]) -> list[dict[
     took = [f"{entry['train_runtime'] / 60:,.1f} minutes" for entry in training["history"] if "train_runtime" in entry]
     rows = {
         "preset": f"`{training['preset']}`",
-        "training rows": f"{training['rows']['train']:,}",
+        "training rows": f"{training['rows']['train']:,}" if "train" in training["rows"] else "streamed",
         "splits": escape(training["splits"]),
         "loss": "binary cross-entropy, mean over labels",
         "epochs": length,
@@ -383,15 +383,16 @@ def _limits_of_figures(reports: Mapping[str, Any]) -> list[str]:
 def _missing(config: MMClfConfig, training: Mapping[str, Any]) -> str:
     if not training:
         return "It takes rows without a picture or without a caption; whether it has learned to is not recorded."
-    counts = training["missing"]["train"]
+    counts, total = training["missing"]["train"], training["rows"].get("train")
+    seen = f"{total:,} training rows" if total else "first training rows, before the stream began,"
     if not any(counts.values()):
         vector = "learned vector, which no training row has taught," if config.learned_missing else "zero vector"
         return (
-            f"It takes rows without a picture or without a caption, a {vector} in its place; but all training rows "
-            "had both, so such rows are untested."
+            f"It takes rows without a picture or without a caption, a {vector} in its place; but all of the "
+            f"{seen} had both, so such rows are untested."
         )
     return (
-        f"{counts['picture']:,} of the {training['rows']['train']:,} training rows had no picture, "
+        f"{counts['picture']:,} of the {seen} had no picture, "
         f"{counts['caption']:,} no caption; a {'learned' if config.learned_missing else 'zero'} vector stands in. "
         "Figures of such rows alone were not measured."
     )
