@@ -384,15 +384,14 @@ def _missing(config: MMClfConfig, training: Mapping[str, Any]) -> str:
     if not training:
         return "It takes rows without a picture or without a caption; whether it has learned to is not recorded."
     counts, total = training["missing"]["train"], training["rows"].get("train")
-    seen = f"{total:,} training rows" if total else "first training rows, before the stream began,"
     if not any(counts.values()):
         vector = "learned vector, which no training row has taught," if config.learned_missing else "zero vector"
         return (
-            f"It takes rows without a picture or without a caption, a {vector} in its place; but all of the "
-            f"{seen} had both, so such rows are untested."
+            f"It takes rows without a picture or without a caption, a {vector} in its place; but all "
+            f"{'training rows' if total else 'rows at the head of the stream'} had both, so such rows are untested."
         )
     return (
-        f"{counts['picture']:,} of the {seen} had no picture, "
+        f"{counts['picture']:,} of the {f'{total:,} training rows' if total else 'first rows'} had no picture, "
         f"{counts['caption']:,} no caption; a {'learned' if config.learned_missing else 'zero'} vector stands in. "
         "Figures of such rows alone were not measured."
     )
