@@ -120,7 +120,7 @@ class Workload:
         self.collator = Collator(tokenizer, tokenizer.model_max_length, size)
 
         self.strength = dataclasses.asdict(strengths)
-        swap = self.strength.pop("swap_words")
+        swap, _ = self.strength.pop("swap_words"), self.strength.pop("drop_words")
         augmentation = ImageAugmentation.from_processor(known, **self.strength)
         self.transform = RowTransform(self.folder, augmentation, TextAugmentation(swap))
         self.augmented = self.rows.with_transform(self.transform)

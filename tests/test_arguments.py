@@ -106,7 +106,7 @@ def test_what_yaml_gets_wrong_is_said(text, message, write_yaml, capsys):
         (["--learning"], "unknown argument '--learning'"),  # no abbreviations
         (["stray"], "unknown argument 'stray'"),
         (["--preset", "warmdbrt"], "unknown preset 'warmdbrt'; did you mean warmdbert"),
-        (["--fusion", "crossed"], "(choose from 'self', 'cross_text', 'cross_image', 'concat')"),
+        (["--fusion", "crossed"], "(choose from 'self', 'cross_text', 'cross_image', 'concat', 'label_queries')"),
         (["--image_tokens", "all"], "(choose from 'pooled', 'spatial')"),
         (["--bad_images", "ignore"], "(choose from 'error', 'skip', 'missing')"),
         (["--lr_scheduler_type", "cosin"], "'linear', 'cosine'"),

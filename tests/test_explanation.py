@@ -202,7 +202,7 @@ def test_words_that_the_model_has_not_read_have_no_weight(make):
     "fields",
     [
         dict(fusion=fusion, image_tokens=tokens)
-        for fusion in ("self", "cross_text", "cross_image", "concat")
+        for fusion in ("self", "cross_text", "cross_image", "concat", "label_queries")
         for tokens in ("pooled", "spatial")
     ]
     + [

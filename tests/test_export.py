@@ -179,7 +179,10 @@ class Classify(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore:# The axis name")
 def test_every_fusion_exports_with_any_number_of_rows_and_tokens(tiny_model):
     options = dict(fusion_norm=True, projection_norm=True, learned_missing=True)
-    models = [tiny_model(fusion=fusion, **options) for fusion in ("self", "cross_text", "cross_image", "concat")]
+    models = [
+        tiny_model(fusion=fusion, **options)
+        for fusion in ("self", "cross_text", "cross_image", "concat", "label_queries")
+    ]
     classify = Classify(models).eval()
 
     def batch(rows, length, cells):

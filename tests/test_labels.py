@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from hf_mmclf.labels import LabelSet, find_delimiter, parse_labels
+from hf_mmclf.labels import LabelSet, find_delimiter, find_unknown, parse_labels
 
 
 def table(values, feature=None, **columns):
@@ -205,3 +205,31 @@ def test_a_whole_table_of_every_form_gives_the_same_matrix():
     matrices = [LabelSet.from_rows(rows).encode(rows, data["where"]) for rows in parsed]
     for matrix in matrices:
         np.testing.assert_array_equal(matrix, [[1, 0], [1, 1], [0, 0]])
+
+
+@pytest.mark.parametrize("minus", [-1, -1.0, "-1"])
+def test_unknown_labels_in_columns(minus):
+    rows = Dataset.from_dict(
+        {"cat": [type(minus)(1), minus, type(minus)(0)], "dog": [1, 0, 1], "where": ["a", "b", "c"]}
+    )
+    parsed = parse_labels(rows, columns=["cat", "dog"])
+    unknown = find_unknown(rows, columns=["cat", "dog"])
+    assert (parsed, unknown) == ([["cat", "dog"], [], ["dog"]], {1: ["cat"]})
+    labels = LabelSet.from_rows([*parsed, ["cat", "dog"]])
+    assert labels.encode(parsed, rows["where"], unknown).tolist() == [[1, 1], [-1, 0], [0, 1]]
+
+
+def test_empty_cells_are_unknown_only_on_demand():
+    rows = Dataset.from_dict({"cat": ["1", "", None], "dog": ["1", "0", "1"], "where": ["a", "b", "c"]})
+    with pytest.raises(ValueError, match="b: column 'cat' is ''; expected 0 or 1, or -1 for unknown"):
+        parse_labels(rows, columns=["cat", "dog"])
+    parsed = parse_labels(rows, columns=["cat", "dog"], empty_is_unknown=True)
+    unknown = find_unknown(rows, columns=["cat", "dog"], empty_is_unknown=True)
+    assert (parsed, unknown) == ([["cat", "dog"], [], ["dog"]], {1: ["cat"], 2: ["cat"]})
+    for values in (["cat dog", "", None, "dog"], [["cat", "dog"], [], None, ["dog"]]):
+        text = table(values)
+        assert find_unknown(text, "labels") == {}
+        unknown, parsed = find_unknown(text, "labels", empty_is_unknown=True), parse_labels(text, "labels")
+        assert unknown == {1: None, 2: None}
+        encoded = LabelSet.from_rows(parsed).encode(parsed, text["where"], unknown)
+        assert encoded.tolist() == [[1, 1], [-1, -1], [-1, -1], [0, 1]]

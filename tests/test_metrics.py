@@ -1,15 +1,13 @@
 import json
-import logging
 import os
 import subprocess
 import sys
-from itertools import product
 
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
 
-from hf_mmclf.metrics import MultiLabelMetric, best_threshold, label_thresholds, metrics_table, per_label_report
+from hf_mmclf.metrics import MultiLabelMetric, metrics_table, per_label_report
 
 
 def draw(rows=200, labels=5, seed=0, digits=None, prevalence=0.3):
@@ -49,6 +47,22 @@ def test_metrics_are_those_of_scikit_learn(threshold):
 def test_rows_without_any_label_count_as_right():
     assert compute([[0.9, 0.1], [0.2, 0.1]], [[1, 0], [0, 0]])["f1_samples"] == 1.0
     assert compute([[0.9, 0.1], [0.2, 0.7]], [[1, 0], [0, 0]])["f1_samples"] == 0.5
+
+
+def test_what_is_unknown_counts_for_nothing():
+    scores, references = draw(rows=400)
+    unknown = np.random.default_rng(1).random(references.shape) < 0.3
+    hidden = np.where(unknown, -1, references)
+    hits = (scores >= 0.5) & ~unknown
+    result = compute(scores, hidden)
+    assert result["f1"] == pytest.approx(f1_score(references[~unknown], hits[~unknown]))
+    by_label = [f1_score(references[known, i], hits[known, i]) for i, known in enumerate(~unknown.T)]
+    assert result["f1_macro"] == pytest.approx(np.mean(by_label))
+    assert [row["f1"] for row in per_label_report(scores, hidden, 0.5, list("abcde"))] == pytest.approx(by_label)
+    precisions = [average_precision_score(references[k, i], scores[k, i]) for i, k in enumerate(~unknown.T)]
+    assert result["map"] == pytest.approx(np.mean(precisions))
+    changed = np.where(unknown, 1 - scores, scores)
+    assert compute(changed, hidden) == pytest.approx(result)
 
 
 def test_one_label_is_not_taken_for_a_binary_task():
@@ -157,106 +171,6 @@ def test_per_label_report():
     assert json.loads(json.dumps(rows)) == rows
 
 
-def micro_f1(scores, references, threshold):
-    predicted = scores >= threshold
-    return 2 * (predicted & (references == 1)).sum() / max(predicted.sum() + references.sum(), 1)
-
-
-@pytest.mark.parametrize("digits", [1, 2, None])
-@pytest.mark.parametrize("seed", range(5))
-def test_best_threshold_is_that_of_a_search_over_every_cut(seed, digits):
-    scores, references = draw(rows=60, labels=3, seed=seed, digits=digits, prevalence=(0.02, 0.3, 0.9)[seed % 3])
-    distinct = np.unique(scores[scores > 0])
-    found = [micro_f1(scores, references, cut) for cut in distinct]
-    threshold = best_threshold(scores, references)
-    assert micro_f1(scores, references, threshold) == max(found)
-    upper = distinct[np.flatnonzero(found == max(found))[-1]]  # of equally good cuts the highest
-    lower = scores[scores < upper].max(initial=0.0)
-    assert threshold == pytest.approx((upper + lower) / 2)
-    assert threshold not in scores
-
-
-def test_best_threshold_on_every_small_table():
-    levels = (0.0, 0.3, 1.0)
-    for scores, references in product(product(levels, repeat=3), product((0, 1), repeat=3)):
-        scores, references = np.array([scores]), np.array([references])
-        threshold = best_threshold(scores, references)
-        assert 0 < threshold < 1
-        assert micro_f1(scores, references, threshold) == max(micro_f1(scores, references, t) for t in (0.3, 1.0))
-
-
-@pytest.mark.parametrize("upper", [1.0, 0.3, 1e-6])
-def test_neighbouring_scores_are_separated_in_single_and_double_precision(upper):
-    upper = np.float32(upper)
-    scores = np.array([[upper, np.nextafter(upper, np.float32(0))]])
-    threshold = best_threshold(scores, [[1, 0]])
-    assert 0 < threshold < 1
-    assert (scores.astype(np.float64) >= threshold).tolist() == [[True, False]]
-    assert (scores >= np.float32(threshold)).tolist() == [[True, False]]
-
-
-def test_thresholds_stay_below_one_where_double_precision_has_no_number_left():
-    scores = [[1.0, np.nextafter(1.0, 0)]]
-    assert 0 < best_threshold(scores, [[1, 0]]) < 1
-    assert np.all(label_thresholds(scores, [[1, 0]]) < 1)
-
-
-def test_no_positives_gives_one_half_and_a_warning(caplog):
-    with caplog.at_level(logging.WARNING, logger="hf_mmclf"):
-        assert best_threshold([[0.2, 0.9]], [[0, 0]]) == 0.5
-        assert label_thresholds([[0.2, 0.9]], [[0, 0]]).tolist() == [0.5, 0.5]
-    assert "no threshold can be fitted" in caplog.text
-
-
-def test_label_thresholds_lie_between_the_label_s_own_and_the_global_one():
-    scores, references = draw(rows=300, labels=4, prevalence=[0.5, 0.2, 0.02, 0.0])
-    common = best_threshold(scores, references)
-    own = [best_threshold(scores[:, [i]], references[:, [i]]) for i in range(3)]
-    assert label_thresholds(scores, references, shrinkage=0) == pytest.approx([*own, common])
-    assert label_thresholds(scores, references, shrinkage=1e12) == pytest.approx([common] * 4)
-    support = references.sum(axis=0)[:3]
-    half = [label_thresholds(scores, references, shrinkage=n)[i] for i, n in enumerate(support)]
-    logits = [np.log(t / (1 - t)) for t in (np.array(half), np.array(own), common)]
-    assert logits[0] == pytest.approx((logits[1] + logits[2]) / 2)
-    assert label_thresholds(scores, references)[3] == common
-
-
-def test_a_label_s_threshold_depends_on_other_labels_only_through_the_global_one():
-    scores, references = draw(rows=300, labels=3)
-    changed = scores.copy()
-    changed[:, 1:] = changed[::-1, 1:]
-    first, second = (label_thresholds(table, references, shrinkage=0)[0] for table in (scores, changed))
-    assert first == second
-
-
-def test_shrinking_helps_where_labels_are_rare():
-    """Thresholds fitted on 300 rows, macro-F1 on 5,000 others: naive per-label, shrunk, and global."""
-    rng = np.random.default_rng(0)
-    prevalence = np.geomspace(0.5, 0.005, 18)
-
-    def rows(count, separation, offset):
-        references = rng.random((count, 18)) < prevalence
-        evidence = rng.normal(separation * (references - 0.5))
-        logits = np.log(prevalence / (1 - prevalence)) + separation * evidence + offset
-        return 1 / (1 + np.exp(-logits)), references
-
-    found = []
-    for _ in range(20):
-        separation, offset = rng.uniform(1, 4, 18), rng.normal(0, 0.5, 18)
-        scores, references = rows(300, separation, offset)
-        test_scores, test_references = rows(5000, separation, offset)
-        candidates = (
-            label_thresholds(scores, references, shrinkage=0),
-            label_thresholds(scores, references),
-            best_threshold(scores, references),
-        )
-        each = [f1_score(test_references, test_scores >= t, average="macro", zero_division=0) for t in candidates]
-        found.append(each)
-    naive, shrunk, common = np.mean(found, axis=0)
-    assert shrunk > naive + 0.003
-    assert shrunk > common + 0.008
-
-
 GOOD = [[0.1, 0.9], [0.8, 0.2]]
 HOT = [[0, 1], [1, 0]]
 
@@ -278,7 +192,7 @@ HOT = [[0, 1], [1, 0]]
     ],
 )
 def test_bad_scores_and_references_are_explained(scores, references, parts):
-    for call in (compute, best_threshold, label_thresholds, lambda s, r: per_label_report(s, r, 0.5, ["a", "b"])):
+    for call in (compute, lambda s, r: per_label_report(s, r, 0.5, ["a", "b"])):
         with pytest.raises(ValueError) as error:
             call(scores, references)
         assert [part for part in parts if part not in str(error.value)] == []
@@ -301,14 +215,11 @@ def test_bad_thresholds_are_explained(threshold, parts):
         assert [part for part in parts if part not in str(error.value)] == []
 
 
-def test_bad_names_and_shrinkage_are_explained():
+def test_bad_names_are_explained():
     with pytest.raises(ValueError, match="3 label names given, expected 2: name every column"):
         compute(GOOD, HOT, label_names=["a", "b", "c"])
     with pytest.raises(ValueError, match="1 label names given, expected 2: name every column"):
         per_label_report(GOOD, HOT, 0.5, ["a"])
-    for shrinkage in (-1, np.nan, np.inf):
-        with pytest.raises(ValueError, match=f"shrinkage is {shrinkage}, expected .* 0 switches the shrinking off"):
-            label_thresholds(GOOD, HOT, shrinkage=shrinkage)
 
 
 def test_metrics_table():

@@ -15,9 +15,14 @@ from hf_mmclf import MMClfConfig, MMClfForImageTextClassification
 from hf_mmclf.presets import config_from_preset
 
 KINDS = ("self", "cross_text", "cross_image", "concat")
+ALL_KINDS = (*KINDS, "label_queries")
 EVERY_FUSION = [
     dict(fusion=kind, image_tokens=tokens, fusion_norm=norm)
     for kind, tokens, norm in itertools.product(KINDS, ("pooled", "spatial"), (False, True))
+]
+QUERIES = [
+    dict(kind=kind, fusion="label_queries", image_tokens="spatial", fusion_layers=layers)
+    for kind, layers in (("both", 1), ("both", 2), ("text", 1))
 ]
 TEXT_ONLY = [dict(kind="text", text_pooling="pooler"), dict(kind="text", text_pooling="mean")]
 
@@ -70,7 +75,7 @@ def reload(model, folder):
 # What is computed
 
 
-@pytest.mark.parametrize("fields", EVERY_FUSION + TEXT_ONLY, ids=ids)
+@pytest.mark.parametrize("fields", EVERY_FUSION + TEXT_ONLY + QUERIES, ids=ids)
 def test_padding_does_not_count(fields, tiny_model, tiny_batch):
     model = scramble(tiny_model(**fields))
     batch = tiny_batch(fields.get("kind", "both"))
@@ -209,7 +214,7 @@ def test_trainer_must_divide_the_loss_itself():
     assert MMClfForImageTextClassification.accepts_loss_kwargs is False
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_compiles_without_graph_breaks(kind, tiny_model, tiny_batch):
     fields = dict(fusion=kind, image_tokens="spatial", fusion_norm=True, learned_missing=True)
     small = dict(image_backbone="resnet18", image_backbone_args=dict(layers=[1, 1, 1, 1], channels=[8, 8, 16, 16]))
@@ -217,7 +222,7 @@ def test_compiles_without_graph_breaks(kind, tiny_model, tiny_batch):
     batch = tiny_batch() | dict(image_mask=torch.tensor([1, 0, 1]))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(logits(compiled, batch), logits(model, batch))
-    if kind == "cross_text":
+    if kind in ("cross_text", "label_queries"):
         exported = torch.export.export(model, (), batch).module()
         torch.testing.assert_close(logits(exported, batch), logits(model, batch))
 
@@ -227,7 +232,7 @@ def test_compiles_without_graph_breaks(kind, tiny_model, tiny_batch):
 
 @pytest.mark.parametrize("learned", [False, True], ids=["zero", "learned"])
 @pytest.mark.parametrize("tokens", ["pooled", "spatial"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_content_of_absent_rows_does_not_count(kind, tokens, learned, tiny_model, tiny_batch):
     model = tiny_model(fusion=kind, image_tokens=tokens, learned_missing=learned, fusion_norm=learned)
     image_mask, text_mask = torch.tensor([False, True, True]), torch.tensor([True, False, True])
@@ -249,7 +254,7 @@ def test_content_of_absent_rows_does_not_count(kind, tokens, learned, tiny_model
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["zero", "learned"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_all_absent_equals_not_given(kind, learned, tiny_model, tiny_batch):
     model = scramble(tiny_model(fusion=kind, image_tokens="spatial", learned_missing=learned))
     batch = tiny_batch()
@@ -262,6 +267,81 @@ def test_all_absent_equals_not_given(kind, learned, tiny_model, tiny_batch):
     torch.testing.assert_close(logits(model, pixels | batch | no_tokens), no_text)
     both = logits(model, pixels | batch)
     assert not torch.allclose(both, no_image, atol=1e-3) and not torch.allclose(both, no_text, atol=1e-3)
+
+
+def test_label_queries_against_loops(tiny_model, tiny_batch):
+    """Each label's query attends to its tokens with weights of its own, and is judged by a classifier of its own."""
+    model = scramble(tiny_model(fusion="label_queries", image_tokens="spatial"))
+    batch = tiny_batch()
+    image, text = (
+        model.image_features(batch["pixel_values"]),
+        model.text_features(batch["input_ids"], batch["attention_mask"]),
+    )
+    layer, found = model.fusion.decoder.layers[0], logits(model, batch)
+    for row in range(3):
+        projected = [
+            project(x[0][row][x[1][row]]) for project, x in zip(model.fusion.projections, (image, text), strict=True)
+        ]
+        memory, queries = torch.cat(projected), model.fusion.queries
+
+        def attend(attention, x, tokens):
+            weights = [part.chunk(3) for part in (attention.in_proj_weight, attention.in_proj_bias)]
+            q, k, v = (y @ w.T + b for y, w, b in zip((x, tokens, tokens), *weights, strict=True))
+            heads = [
+                torch.softmax(a @ b.T / math.sqrt(a.shape[1]), -1) @ c
+                for a, b, c in zip(q.chunk(4, 1), k.chunk(4, 1), v.chunk(4, 1), strict=True)
+            ]
+            return attention.out_proj(torch.cat(heads, 1))
+
+        x = queries + attend(layer.self_attn, layer.norm1(queries), layer.norm1(queries))
+        x = x + attend(layer.multihead_attn, layer.norm2(x), memory)
+        x = x + layer.linear2(F.gelu(layer.linear1(layer.norm3(x))))
+        x = model.fusion.decoder.norm(x)
+        expected = [x[i] @ model.classifier.weight[i] + model.classifier.bias[i] for i in range(3)]
+        torch.testing.assert_close(found[row], torch.stack(expected), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_modality_dropout_is_an_absent_modality_and_never_takes_the_last(kind, tiny_model, tiny_batch):
+    model = tiny_model(fusion=kind, image_tokens="spatial", modality_dropout=0.6)
+    batch = {name: value[[0] * 300] for name, value in tiny_batch().items()}
+    with_text, with_image = torch.arange(300) != 0, torch.arange(300) != 1
+    drawn = model._drop_modalities(batch["input_ids"], with_image, with_text)
+    assert [mask.float().mean() for mask in drawn] == [pytest.approx(0.7, abs=0.08)] * 2
+    assert (drawn[0] | drawn[1]).all() and drawn[0][0] and drawn[1][1] and not drawn[1][0] and not drawn[0][1]
+    assert not (~drawn[0] & ~drawn[1]).any()
+    whole = logits(model, batch)
+    torch.testing.assert_close(whole, whole[:1].expand_as(whole))  # in evaluation nothing is dropped
+    for module in model.modules():
+        module.training = module is model  # no other dropout, no batch statistics
+    once = {name: value[:1] for name, value in batch.items()}
+    absent = torch.tensor([False])
+    variants = [logits(model.eval(), once | mask) for mask in ({}, dict(image_mask=absent), dict(text_mask=absent))]
+    model.training = True
+    found = logits(model, batch)
+    nearest = torch.stack([(found - variant).abs().amax(1) for variant in variants])
+    assert (nearest.amin(0) < 1e-5).all()
+    assert torch.bincount(nearest.argmin(0), minlength=3).float().div(300).tolist() == pytest.approx(
+        [0.4, 0.3, 0.3], abs=0.1
+    )
+    assert model.missing_image.vector is not None and model.missing_text.vector is not None
+
+
+def test_unknown_labels_are_left_out_of_the_loss(tiny_model, tiny_batch):
+    model, batch = tiny_model(), tiny_batch()
+    labels = torch.tensor([[1.0, -1, 0], [-1, -1, -1], [0, 1, 1]])
+    known = labels >= 0
+    expected = F.binary_cross_entropy_with_logits(logits(model, batch)[known], labels[known])
+    assert model(**batch, labels=labels).loss.item() == pytest.approx(expected.item())
+    assert model(**batch, labels=torch.full((3, 3), -1)).loss.item() == 0
+
+
+@pytest.mark.parametrize("fusion", ["self", "label_queries"])
+def test_calibration_divides_all_logits_and_is_saved(fusion, tiny_model, tiny_batch, tmp_path):
+    model, batch = tiny_model(fusion=fusion), tiny_batch()
+    before = logits(model, batch)
+    model.calibrate(2.5)
+    torch.testing.assert_close(logits(reload(model, tmp_path), batch), before / 2.5)
 
 
 def test_learned_missing(tiny_model, tiny_batch):

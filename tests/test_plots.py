@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_mmclf.metrics import MultiLabelMetric, best_threshold, per_label_report
+from hf_mmclf.metrics import MultiLabelMetric, per_label_report
 from hf_mmclf.plots import (
     PLOTS,
     f1_by_threshold,
@@ -13,6 +13,7 @@ from hf_mmclf.plots import (
     training_figure,
     write_plots,
 )
+from hf_mmclf.thresholds import best_threshold
 
 HISTORY = [
     {"loss": 0.7, "epoch": 0.5, "step": 5},

@@ -25,7 +25,6 @@ from hf_mmclf import (
     train,
     training,
 )
-from hf_mmclf.metrics import best_threshold
 from hf_mmclf.plots import PLOTS
 from hf_mmclf.presets import config_from_preset
 

@@ -42,9 +42,10 @@ class ModelArguments:
     text_backbone: str | None = _field(
         None, "A text encoder (Hub name or folder) in place of the preset's, or 'none'."
     )
-    fusion: Literal["self", "cross_text", "cross_image", "concat"] | None = _field(
-        None, "How pictures and captions meet. cross_text: text asks, pictures answer."
+    fusion: Literal["self", "cross_text", "cross_image", "concat", "label_queries"] | None = _field(
+        None, "How pictures and captions meet. cross_text: text asks, pictures answer; label_queries: each label asks."
     )
+    fusion_layers: int | None = _field(None, "Decoder layers of label_queries.")
     image_tokens: Literal["pooled", "spatial"] | None = _field(
         None, "What of a picture the fusion sees: one vector, or one for each cell of the last map."
     )
@@ -58,6 +59,7 @@ class ModelArguments:
         nargs="?",
         const=True,
     )
+    modality_dropout: float | None = _field(None, "Probability that a training row loses its picture or its caption.")
     from_scratch: bool = _field(False, "Start both backbones from random weights.")
     image_weights: str = _field("hub", "hub, or a weights file or folder for the image backbone.")
     text_weights: str = _field("hub", "hub, or a folder for the text backbone.")
@@ -85,6 +87,7 @@ class AugmentationArguments:
     rotation: float = _field(20.0, "Largest rotation either way, in degrees.")
     color_jitter: float = _field(0.2, "Largest relative change of brightness, contrast and saturation.")
     swap_words: float = _field(0.1, "Probability for each word to change places with another.")
+    drop_words: float = _field(0.0, "Probability for each word to be left out.")
 
 
 @dataclasses.dataclass
@@ -96,7 +99,14 @@ class MMClfTrainingArguments(TrainingArguments):
         backbone_learning_rate (`float`, *optional*): Learning rate of both backbones; defaults to `learning_rate`.
         early_stopping_patience (`int`, *optional*):
             Stop after so many evaluations without a better validation F1; 0 or `None`: never.
+        loss (`str`, *optional*, defaults to `"bce"`), positive_weight_power, positive_weight_cap (`float`):
+            See [`MultiLabelLoss`], whose smoothing is `label_smoothing_factor`.
+        calibrate (`bool`, *optional*, defaults to `False`):
+            Divide logits by the temperature that suits the validation rows; the classifier takes it in.
         label_thresholds (`bool`, *optional*, defaults to `False`): Fit one threshold for each label too.
+        threshold_objective, threshold_beta, threshold_precision, threshold_shrinkage:
+            See [`best_threshold`] and [`label_thresholds`]. The objective defaults to `"micro"`, with label thresholds
+            to `"macro"`; a shrinkage of -1 is chosen by cross-validation.
         license (`str`, *optional*):
             Licence for the card, as the Hub writes it (`"mit"`, `"cc-by-4.0"`, `"other"`). Defaults to `"mit"` for a
             model that knows nothing but the embedded data set, else to `"unknown"`.
@@ -127,7 +137,21 @@ class MMClfTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = _field(
         None, "Stop after so many evaluations without a better score; 0: never."
     )
+    loss: Literal["bce", "focal", "asymmetric", "poly", "distribution_balanced", "two_way", "zlpr"] = _field(
+        "bce", "What training minimises."
+    )
+    positive_weight_power: float = _field(0.0, "Positives of a label weigh (negatives / positives) to this power.")
+    positive_weight_cap: float = _field(10.0, "The largest such weight.")
+    calibrate: bool = _field(False, "Make scores probabilities, by a temperature fitted on the validation rows.")
     label_thresholds: bool = _field(False, "Fit a threshold for each label too, shrunk to the global one if rare.")
+    threshold_objective: Literal["micro", "macro", "samples", "precision"] | None = _field(
+        None, "What thresholds maximise. precision: recall, at --threshold_precision. Default: micro; by label: macro."
+    )
+    threshold_beta: float = _field(1.0, "Recall counts so many times as much as precision; 1: F1.")
+    threshold_precision: float = _field(0.9, "Smallest precision of the objective of that name.")
+    threshold_shrinkage: float = _field(
+        2.0, "Positives at which a label's own threshold and the global one weigh the same; -1: cross-validated."
+    )
     license: str | None = _field(
         None,
         "Licence for the card, as the Hub writes it: mit, cc-by-4.0, other. Default: unknown; embedded data: mit.",

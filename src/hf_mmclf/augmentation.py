@@ -125,27 +125,38 @@ class _ColorJitter(v2.ColorJitter):
 
 class TextAugmentation:
     """
-    Random swaps of words: each word, with probability `swap`, changes places with another word of the caption.
+    Random swaps and losses of words, after Wei and Zou 2019, "EDA: Easy Data Augmentation Techniques for Boosting
+    Performance on Text Classification Tasks": each word, with probability `drop`, is left out, and each that stays,
+    with probability `swap`, changes places with another word of the caption.
 
-    The words stay the same, only their order changes. Captions of fewer than two words, and those in which no swap is
-    drawn, come back as they are; in the others any run of white space becomes one space.
+    Captions in which nothing is drawn, or of a single word, come back as they are; in the others any run of white
+    space becomes one space. One word always stays.
 
     Args:
         swap (`float`, *optional*, defaults to 0.1):
             Probability of a swap for each word: on average one swap in a caption of ten words. 0: none.
+        drop (`float`, *optional*, defaults to 0.0):
+            Probability of each word to be left out. 0: none.
 
     Raises:
         `ValueError`: for a probability outside 0 to 1.
     """
 
-    def __init__(self, swap: float = 0.1):
-        if not 0 <= swap <= 1:
-            raise ValueError(f"`swap` must lie between 0 and 1, got {swap}")
-        self.swap = swap
+    def __init__(self, swap: float = 0.1, drop: float = 0.0):
+        for name, value in {"swap": swap, "drop": drop}.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must lie between 0 and 1, got {value}")
+        self.swap, self.drop = swap, drop
 
     def __call__(self, text: str) -> str:
-        """Return `text` with some of its words swapped."""
+        """Return `text` with some of its words left out and some swapped."""
         words = text.split()
+        if self.drop and len(words) > 1:
+            kept = torch.rand(len(words)) >= self.drop
+            kept[torch.randint(len(words), ())] |= not kept.any()
+            if not kept.all():
+                words = [word for word, stays in zip(words, kept.tolist(), strict=True) if stays]
+                text = " ".join(words)
         swapped = torch.nonzero(torch.rand(len(words)) < self.swap).flatten().tolist()
         if len(words) < 2 or not swapped:
             return text

@@ -84,6 +84,7 @@ def render_card(folder: str | Path) -> ModelCard:
         limits=_limits(config, reports, training),
         plots={file: title for file, title in PLOTS.items() if (folder / file).is_file()},
         poster=_from_poster(training),
+        threshold_aim=_threshold_aim(training),
         **_example(config),
     )
     card.text = f"{card.text.rstrip()}\n"
@@ -234,6 +235,8 @@ def _parts(config: MMClfConfig, training: Mapping[str, Any]) -> list[str]:
             "cross_text": "single-head attention in which the caption's tokens ask and the picture's answer",
             "cross_image": "single-head attention in which the picture's tokens ask and the caption's answer",
             "concat": "no attention",
+            "label_queries": "one learned query for each label attends to the tokens of both, through "
+            f"{config.fusion_layers} decoder layer{'s' if config.fusion_layers > 1 else ''} of width {config.width}",
         }
         norm = "The tokens are scaled by a learned vector and layer-normalised." if config.fusion_norm else None
         after = ", with BatchNorm and ReLU," if config.projection_norm else ""
@@ -242,7 +245,12 @@ def _parts(config: MMClfConfig, training: Mapping[str, Any]) -> list[str]:
                 f"**Fusion** `{config.fusion}`: {attention[config.fusion]}.",
                 f"The picture's tokens are {image_tokens[config.image_tokens]}.",
                 norm,
-                f"Each modality's mean is projected to {config.width} numbers{after} and both are joined.",
+                f"Each modality's mean is projected to {config.width} numbers{after} and both are joined."
+                if config.fusion != "label_queries"
+                else None,
+                f"In training a row lost its picture or its caption with probability {config.modality_dropout:g}."
+                if config.modality_dropout
+                else None,
             ]
         )
     elif config.has_text:
@@ -286,7 +294,7 @@ def _recipe_rows(config: MMClfConfig, training: Mapping[str, Any]) -> list[dict[
         "preset": f"`{training['preset']}`",
         "training rows": f"{training['rows']['train']:,}" if "train" in training["rows"] else "streamed",
         "splits": escape(training["splits"]),
-        "loss": "binary cross-entropy, mean over labels",
+        "loss": _loss(recipe),
         "epochs": length,
         "checkpoint": f"best validation {best['by']}, {best['score']:.4f}" if best else "the last",
         "batch size": f"{recipe['batch_size']:,}",
@@ -304,6 +312,25 @@ def _recipe_rows(config: MMClfConfig, training: Mapping[str, Any]) -> list[dict[
     return [{"setting": name, "value": value} for name, value in rows.items()]
 
 
+def _loss(recipe: Mapping[str, Any]) -> str:
+    power, cap = recipe["positive_weights"]
+    words = [{"bce": "binary cross-entropy, mean over labels"}.get(recipe["loss"], f"`{recipe['loss']}`")]
+    words += (
+        [f"positives weighed by (negatives / positives) to the power of {power:g}, at most {cap:g}"] if power else []
+    )
+    words += [f"label smoothing {recipe['label_smoothing']:g}"] if recipe["label_smoothing"] else []
+    return ", ".join(words)
+
+
+def _threshold_aim(training: Mapping[str, Any]) -> str:
+    """What the global threshold is best at, on the validation rows."""
+    recipe = training.get("recipe", {})
+    objective, beta = recipe.get("threshold_objective", "micro"), recipe.get("threshold_beta", 1.0)
+    if objective == "precision":
+        return f"has the largest recall with a precision of at least {recipe['threshold_precision']:g}"
+    return f"maximises {objective}-F{beta:g}"
+
+
 def _augmentation(config: MMClfConfig, values: Mapping[str, float]) -> str:
     image = {
         "crop_scale": "crops of at least {:.0%} of the area",
@@ -312,9 +339,12 @@ def _augmentation(config: MMClfConfig, values: Mapping[str, float]) -> str:
         "rotation": "turned by up to {:g} degrees",
         "color_jitter": "colours changed by up to {:.0%}",
     }
-    text = {"swap_words": "words swapped with probability {:g}"}
+    text = {
+        "swap_words": "words swapped with probability {:g}",
+        "drop_words": "words left out with probability {:g}",
+    }
     words = {**(image if config.has_image else {}), **(text if config.has_text else {})}
-    return "; ".join(form.format(values[name]) for name, form in words.items() if values[name]) or "none"
+    return "; ".join(form.format(values[name]) for name, form in words.items() if values.get(name)) or "none"
 
 
 def _limits(config: MMClfConfig, reports: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:

@@ -30,7 +30,10 @@ class MMClfConfig(PreTrainedConfig):
             Only for models without pictures: `"pooler"` (the encoder's own, BERT's first token) or `"mean"` (masked).
         fusion (`str`, *optional*, defaults to `"self"`):
             How the two modalities meet. `"self"`: each attends to itself; `"cross_text"`: text queries over image
-            tokens; `"cross_image"`: image queries over text tokens; `"concat"`: no attention.
+            tokens; `"cross_image"`: image queries over text tokens; `"concat"`: no attention. `"label_queries"`: one
+            learned query for each label attends to the tokens of both, or of the one modality that there is.
+        fusion_layers, fusion_heads (`int`, *optional*, default to 1 and 4):
+            Only for `"label_queries"`: decoder layers, and heads of their attention.
         fusion_norm (`bool`, *optional*, defaults to `False`):
             Whether attended tokens are scaled by a learned vector and layer-normalised before their mean.
         image_tokens (`str`, *optional*, defaults to `"pooled"`):
@@ -43,6 +46,9 @@ class MMClfConfig(PreTrainedConfig):
             Dropout probability: after ReLU with `projection_norm`, else right before the classifier.
         learned_missing (`bool`, *optional*, defaults to `False`):
             Whether a learned vector stands in for an absent picture or caption. Without it a zero vector does.
+        modality_dropout (`float`, *optional*, defaults to 0.0):
+            Probability that a training row loses its picture or its caption, so that the model learns to do without;
+            learned vectors stand in for them.
         unfrozen_image_stages (`int`, *optional*):
             Train only the last n stages of the image backbone. 0 freezes it; `None` trains all of it.
         unfrozen_text_layers (`int`, *optional*):
@@ -65,13 +71,16 @@ class MMClfConfig(PreTrainedConfig):
     text_config: PreTrainedConfig | dict | None = None
     text_weights: str | None = None
     text_pooling: Literal["pooler", "mean"] = "pooler"
-    fusion: Literal["self", "cross_text", "cross_image", "concat"] = "self"
+    fusion: Literal["self", "cross_text", "cross_image", "concat", "label_queries"] = "self"
     fusion_norm: bool = False
+    fusion_layers: int = 1
+    fusion_heads: int = 4
     image_tokens: Literal["pooled", "spatial"] = "pooled"
     width: int = 512
     projection_norm: bool = False
     dropout: float | int = 0.0
     learned_missing: bool = False
+    modality_dropout: float | int = 0.0
     unfrozen_image_stages: int | None = None
     unfrozen_text_layers: int | None = None
     threshold: float | int = 0.5
@@ -89,10 +98,14 @@ class MMClfConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; expected None (train all), 0 (train none) or more")
-        if self.width < 1:
-            raise ValueError(f"width is {self.width}; expected at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; expected a probability in [0, 1)")
+        for name in ("width", "fusion_layers", "fusion_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.fusion == "label_queries" and self.width % self.fusion_heads:
+            raise ValueError(f"width is {self.width}; expected a multiple of fusion_heads, {self.fusion_heads}")
+        for name in ("dropout", "modality_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a probability in [0, 1)")
 
     def validate_labels(self):
         """Raises `ValueError` for labels misnumbered or named twice, and thresholds out of range or of none."""

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .batches import is_absent, open_image
 from .demo import DEMO_LABELS, demo_dataset
-from .labels import LabelSet, find_delimiter, parse_labels
+from .labels import LabelSet, find_delimiter, find_unknown, parse_labels
 from .sources import from_arrow, read_source, with_columns, with_strings
 from .splits import stratified_split
 
@@ -48,6 +48,7 @@ class DataArguments:
     label_column: str | None = _field(None, f"Default: the first there is of {', '.join(LABEL_COLUMNS)}.")
     label_columns: list[str] | None = _field(None, "Columns of 0 and 1, one for each label, instead of label_column.")
     label_delimiter: str | None = _field(None, "Between labels. Default: the first seen of | ; , else white space.")
+    empty_is_unknown: bool = _field(False, "An empty label cell means that nobody knows, not that there is no label.")
     label_names_file: str | None = _field(
         None, 'JSON file from label to name: {"1": "person"}. It fixes the set of labels.'
     )
@@ -68,7 +69,7 @@ class PreparedData:
     Rows in one form, ready for transforms.
 
     Args:
-        splits (`DatasetDict`): Columns `image` (name, or bytes), `text`, `labels` (multi-hot, where known), `where`.
+        splits (`DatasetDict`): Columns `image` (name, or bytes), `text`, `labels` (multi-hot, -1: unknown), `where`.
         labels ([`LabelSet`], *optional*): The labels, in the order of the multi-hot columns; `None` without any.
         folder (`Path`): What picture names are relative to.
         split_source (`str`): How the splits came about.
@@ -115,10 +116,12 @@ def prepare_data(
     delimiter = args.label_delimiter or find_delimiter(  # of all splits: one that happens to lack it is cut alike
         value for name, found in columns.items() if len(found) == 1 for value in sources[name][found[0]][:]
     )
-    parsed = {}
+    parsed, unknown = {}, {}
     for name, found in columns.items():
         multiple = {"columns": found} if args.label_columns else {"column": found[0]}
+        multiple["empty_is_unknown"] = args.empty_is_unknown
         parsed[name] = parse_labels(sources[name], **multiple, delimiter=delimiter)
+        unknown[name] = find_unknown(sources[name], **multiple)
     if labels is None:
         for name in ("train", "validation"):
             if name in sources and name not in parsed:
@@ -134,7 +137,7 @@ def prepare_data(
     for name, source in sources.items():
         split = _standardize(source, args, name)
         if name in parsed:
-            encoded = labels.encode(parsed[name], split["where"])
+            encoded = labels.encode(parsed[name], split["where"], unknown[name])
             ends = np.arange(0, encoded.size + 1, encoded.shape[1], dtype=np.int32)
             split = with_columns(split, {"labels": pa.ListArray.from_arrays(ends, encoded.ravel())})
         if uses_image:

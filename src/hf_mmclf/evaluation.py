@@ -13,7 +13,8 @@ from datasets import Dataset
 from transformers import EvalPrediction
 
 from .configuration_mmclf import MMClfConfig
-from .metrics import MultiLabelMetric, best_threshold, metrics_table, per_label_report
+from .metrics import MultiLabelMetric, metrics_table, per_label_report
+from .thresholds import best_threshold
 
 
 def scores_of(logits: np.ndarray) -> np.ndarray:

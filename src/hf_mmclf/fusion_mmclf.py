@@ -45,7 +45,7 @@ class ScaleNorm(nn.Module):
 
 
 class StandIn(nn.Module):
-    """Puts one vector, learned or zero, in the place of the tokens of rows without any: (B, N, D), (B, N) -> the same.
+    """One token, learned or zero, for rows without any: (B, N, D), (B, N) -> the same.
 
     Args:
         width (`int`): Size of the tokens.
@@ -61,7 +61,8 @@ class StandIn(nn.Module):
         # where(), not multiplication: whatever stands in the absent rows (even NaN) is dropped, with its gradient
         present = mask.any(1, keepdim=True)
         vector = tokens.new_zeros(self.width) if self.vector is None else self.vector.to(tokens.dtype)
-        return torch.where(present.unsqueeze(-1), tokens, vector), mask | ~present
+        first = torch.arange(mask.shape[1], device=mask.device) == 0
+        return torch.where(present.unsqueeze(-1), tokens, vector), mask | (~present & first)
 
     def blank(self, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One absent token for each row of the other modality's tokens."""
@@ -104,6 +105,49 @@ class Fusion(nn.Module):
         if self.image_norm is not None:
             image, text = self.image_norm(image), self.text_norm(text)
         return masked_mean(image, mask), masked_mean(text, text_mask)
+
+
+class LabelQueries(nn.Module):
+    """One learned query for each label, which attends to the tokens of all modalities: (B, N, D), (B, N) of each in,
+    one vector for each label out, (B, L, width).
+
+    Liu et al. 2021, "Query2Label: A Simple Transformer Way to Multi-Label Classification", with the captions' tokens
+    among the memory; the queries see each other, too, so that labels can be weighed against each other.
+
+    Args:
+        config ([`MMClfConfig`]): Number of labels, width, layers, heads, dropout.
+        widths (`list[int]`): Size of the tokens of each modality.
+    """
+
+    def __init__(self, config: MMClfConfig, widths: list[int]):
+        super().__init__()
+        width = config.width
+        self.projections = nn.ModuleList(nn.Sequential(nn.Linear(size, width), nn.LayerNorm(width)) for size in widths)
+        self.queries = nn.Parameter(torch.randn(config.num_labels, width))
+        layer = nn.TransformerDecoderLayer(
+            width, config.fusion_heads, 2 * width, config.dropout, "gelu", batch_first=True, norm_first=True
+        )
+        self.decoder = nn.TransformerDecoder(layer, config.fusion_layers, nn.LayerNorm(width))
+
+    def forward(self, *modalities: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        memory = [project(tokens) for project, (tokens, _) in zip(self.projections, modalities, strict=True)]
+        memory, mask = torch.cat(memory, 1), torch.cat([mask for _, mask in modalities], 1)
+        mask = mask | ~mask.any(1, keepdim=True)  # attention to nothing would be NaN
+        queries = self.queries.expand(len(memory), -1, -1)
+        return self.decoder(queries, memory, memory_key_padding_mask=~mask)
+
+
+class LabelClassifier(nn.Module):
+    """A linear classifier of its own for each label's vector: (B, L, D) -> (B, L)."""
+
+    def __init__(self, width: int, num_labels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_labels, width))
+        self.bias = nn.Parameter(torch.zeros(num_labels))
+        nn.init.normal_(self.weight, std=width**-0.5)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        return (vectors * self.weight).sum(-1) + self.bias
 
 
 def projection(config: MMClfConfig, width: int) -> nn.Module:

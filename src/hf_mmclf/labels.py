@@ -4,9 +4,10 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,11 @@ from datasets import ClassLabel, Dataset
 
 
 def parse_labels(
-    data: Dataset, column: str | None = None, columns: Sequence[str] | None = None, delimiter: str | None = None
+    data: Dataset,
+    column: str | None = None,
+    columns: Sequence[str] | None = None,
+    delimiter: str | None = None,
+    empty_is_unknown: bool = False,
 ) -> list[list[str]]:
     r"""
     The labels of each row as strings, whatever the form of the column.
@@ -25,15 +30,17 @@ def parse_labels(
         column (`str`, *optional*):
             Column of delimited text (`"1 3 10"`, `"cat|dog"`), of lists, of class indices or of single labels.
         columns (`Sequence[str]`, *optional*):
-            Columns of 0 and 1, one for each label, instead.
+            Columns of 0 and 1, one for each label, instead; -1 where nobody knows.
         delimiter (`str`, *optional*):
             What separates labels in text. Defaults to [`find_delimiter`] of the column.
+        empty_is_unknown (`bool`, *optional*, defaults to `False`):
+            Whether empty cells are allowed in `columns`. [`find_unknown`] tells where they are.
 
     Raises:
         `ValueError`: a value that is none of these, with its row.
     """
     if columns:
-        return _parse_indicators(data, columns)
+        return _parse_indicators(data, columns, empty_is_unknown)
     feature = data.features[column]
     inner = getattr(feature, "feature", feature)
     values = data[column][:]
@@ -63,6 +70,31 @@ def parse_labels(
     return rows
 
 
+def find_unknown(
+    data: Dataset, column: str | None = None, columns: Sequence[str] | None = None, empty_is_unknown: bool = False
+) -> dict[int, list[str] | None]:
+    """
+    What is not known: of a row, the labels whose column is -1 (or empty); `None`, all, where the cell of `column` is
+    empty. Empty ones only if `empty_is_unknown`; the other arguments are those of [`parse_labels`].
+    """
+    unknown: dict[int, list[str] | None] = {}
+    for name in columns or ():
+        for row, value in enumerate(data[name][:]):
+            if _is_minus_one(value) or (empty_is_unknown and _is_empty(value)):
+                unknown.setdefault(row, []).append(name)
+    if not columns and empty_is_unknown:
+        unknown = {row: None for row, value in enumerate(data[column][:]) if _is_empty(value) or value == []}
+    return unknown
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _is_minus_one(value: Any) -> bool:
+    return str(value).strip() in ("-1", "-1.0")
+
+
 def find_delimiter(values: Iterable[Any]) -> str | None:
     """The first of `|`, `;`, `,` that is anywhere in the texts; `None`, white space, if none is."""
     marks = {mark for value in values if isinstance(value, str) for mark in "|;," if mark in value}
@@ -80,13 +112,17 @@ def _as_label(value: Any) -> str:
     return str(value).strip()
 
 
-def _parse_indicators(data: Dataset, columns: Sequence[str]) -> list[list[str]]:
+def _parse_indicators(data: Dataset, columns: Sequence[str], empty_is_unknown: bool) -> list[list[str]]:
     rows = [[] for _ in range(len(data))]
     for column in columns:
         for i, value in enumerate(data[column][:]):
+            if _is_minus_one(value) or (empty_is_unknown and _is_empty(value)):
+                continue
             text = str(value).strip().lower()
             if text not in ("0", "1", "0.0", "1.0", "false", "true"):
-                raise ValueError(f"{data['where'][i]}: column {column!r} is {value!r}; expected 0 or 1")
+                raise ValueError(
+                    f"{data['where'][i]}: column {column!r} is {value!r}; expected 0 or 1, or -1 for unknown"
+                )
             if text in ("1", "1.0", "true"):
                 rows[i].append(column)
     return rows
@@ -131,8 +167,16 @@ class LabelSet:
         ordered = tuple(sorted(ids, key=lambda label: (float(label) if numeric else 0, label)))
         return cls(ordered, tuple(names.get(label, label) for label in ordered))
 
-    def encode(self, rows: Sequence[Sequence[str]], where: Sequence[str]) -> np.ndarray:
-        """Multi-hot labels, float32 of shape (rows, labels); `ValueError` naming the row of an unknown label."""
+    def encode(
+        self,
+        rows: Sequence[Sequence[str]],
+        where: Sequence[str],
+        unknown: Mapping[int, Sequence[str] | None] = MappingProxyType({}),
+    ) -> np.ndarray:
+        """Multi-hot labels, float32 of shape (rows, labels), with -1 for what [`find_unknown`] found.
+
+        Raises `ValueError` naming the row of a label that is not in the set.
+        """
         index = {label: i for i, label in enumerate(self.ids)}
         codes: dict[tuple[str, ...], int] = {}  # of each combination, in the order in which they are first seen
         code = np.array([codes.setdefault(tuple(labels), len(codes)) for labels in rows], dtype=int)
@@ -147,4 +191,7 @@ class LabelSet:
                         "the training rows, or of --label_names_file"
                     )
                 encoded[i, index[label]] = 1
-        return encoded[code]
+        encoded = encoded[code]
+        for row, labels in unknown.items():
+            encoded[row, ... if labels is None else [index[label] for label in labels if label in index]] = -1
+        return encoded

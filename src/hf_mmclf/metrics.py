@@ -1,10 +1,10 @@
-"""Metrics and decision thresholds for N rows and L labels.
+"""Metrics for N rows and L labels.
 
 One rule holds everywhere: a label is predicted where its score is at least its threshold, both compared in float64 (a
-float32 score converts to it without loss). Scores are probabilities, references are multi-hot.
+float32 score converts to it without loss). Scores are probabilities, references are multi-hot; what is unknown (-1)
+counts for nothing.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
@@ -14,9 +14,7 @@ from datasets import Features, List, Value
 from numpy.typing import ArrayLike
 from sklearn.metrics import average_precision_score
 
-__all__ = ["MultiLabelMetric", "best_threshold", "label_thresholds", "metrics_table", "per_label_report"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["MultiLabelMetric", "check_scores", "metrics_table", "per_label_report"]
 
 
 class MultiLabelMetric(evaluate.Metric):
@@ -28,7 +26,7 @@ class MultiLabelMetric(evaluate.Metric):
         predictions (`ArrayLike` of shape `(N, L)`):
             Probabilities in [0, 1], not logits and not decisions.
         references (`ArrayLike` of shape `(N, L)`):
-            Multi-hot labels, 0 or 1 (any dtype).
+            Multi-hot labels, 0 or 1 (any dtype), or -1 where nobody knows.
         threshold (`float` or `Sequence[float]` of length L, *optional*, defaults to 0.5):
             A score of at least the threshold predicts the label.
         label_names (`Sequence[str]` of length L, *optional*):
@@ -61,15 +59,15 @@ class MultiLabelMetric(evaluate.Metric):
 
     def add_batch(self, *, predictions: ArrayLike, references: ArrayLike) -> None:
         """Adds rows; checked here because `evaluate` would keep rows that it cannot compute."""
-        scores, references = _checked(predictions, references)
-        super().add_batch(predictions=scores, references=references.astype(np.int8))
+        scores, positive, known = check_scores(predictions, references)
+        super().add_batch(predictions=scores, references=np.where(known, positive, -1).astype(np.int8))
 
     def _compute(self, predictions, references, threshold=0.5, label_names=None) -> dict[str, float]:
-        scores, references = _checked(predictions, references)
-        predicted = scores >= _checked_threshold(threshold, scores.shape[1])
+        scores, references, known = check_scores(predictions, references)
+        predicted = (scores >= _checked_threshold(threshold, scores.shape[1])) & known
         precision, recall, f1 = _precision_recall_f1(predicted, references, axis=None)
         label_precision, label_recall, label_f1 = _precision_recall_f1(predicted, references, axis=0)
-        average_precisions = [ap for ap in _average_precisions(scores, references) if ap is not None]
+        average_precisions = [ap for ap in _average_precisions(scores, references, known) if ap is not None]
         result = {
             "f1": f1,
             "f1_macro": label_f1.mean(),
@@ -97,11 +95,11 @@ def per_label_report(
         `list[dict]`: `label`, `precision`, `recall`, `f1`, `average_precision` (`None` for a label without positives),
         `support` (rows that have the label), `predicted` (rows given the label), `threshold`.
     """
-    scores, references = _checked(scores, references)
+    scores, references, known = check_scores(scores, references)
     thresholds = _checked_threshold(threshold, scores.shape[1])
-    predicted = scores >= thresholds
+    predicted = (scores >= thresholds) & known
     precision, recall, f1 = _precision_recall_f1(predicted, references, axis=0)
-    average_precisions = _average_precisions(scores, references)
+    average_precisions = _average_precisions(scores, references, known)
     return [
         {
             "label": name,
@@ -115,67 +113,6 @@ def per_label_report(
         }
         for i, name in enumerate(_checked_names(label_names, scores.shape[1]))
     ]
-
-
-def best_threshold(scores: ArrayLike, references: ArrayLike) -> float:
-    """The threshold that maximises micro-F1 on the given rows: an exact search, since only the distinct scores can be
-    cuts (Lipton, Elkan & Naryanaswamy 2014, "Optimal Thresholding of Classifiers to Maximize F1 Measure").
-
-    The threshold lies halfway between the lowest score it accepts and the next lower one (or 0), on no score, and also
-    separates the two when it is rounded to float32. Of several equally good cuts the highest is taken.
-
-    Args:
-        scores (`ArrayLike` of shape `(N, L)`):
-            Probabilities in [0, 1].
-        references (`ArrayLike` of shape `(N, L)`):
-            Multi-hot labels, 0 or 1.
-
-    Returns:
-        `float`: strictly between 0 and 1; 0.5, with a logged warning, where no positive has a score above 0 (so that
-        a long training does not end in an error).
-    """
-    scores, references = _checked(scores, references)
-    threshold = _best_cut(scores.ravel(), references.ravel())
-    if threshold is None:
-        logger.warning("No positive label has a score above 0: no threshold can be fitted, 0.5 is used instead.")
-        return 0.5
-    return threshold
-
-
-def label_thresholds(scores: ArrayLike, references: ArrayLike, shrinkage: float = 2.0) -> np.ndarray:
-    """One threshold per label that maximises the label's own F1, drawn towards [`best_threshold`] for rare labels.
-
-    A threshold fitted to a handful of positives fits their noise. So `logit(t) = w * logit(t_label) + (1 - w) *
-    logit(t_global)` with `w = support / (support + shrinkage)`. Logits, because the model is additive there and low
-    scores are not crowded together: halfway from 0.01 to 0.5 is then 0.09, not 0.255.
-
-    Args:
-        scores (`ArrayLike` of shape `(N, L)`):
-            Probabilities in [0, 1], of validation rows.
-        references (`ArrayLike` of shape `(N, L)`):
-            Multi-hot labels, 0 or 1.
-        shrinkage (`float`, *optional*, defaults to 2.0):
-            Number of positives at which label and global threshold weigh the same; 0 does not shrink. In simulations
-            (18 labels, 300 to 3,000 validation rows, prevalences from 50% to 0.2%) the macro-F1 on other rows at 2 was
-            within 0.005 of the best value's, -0.001 to +0.021 from no shrinking, -0.003 to +0.061 from the global one.
-
-    Returns:
-        `np.ndarray` of shape `(L,)`: strictly between 0 and 1. A label without positives gets the global threshold.
-    """
-    if not 0 <= shrinkage < np.inf:
-        raise ValueError(f"shrinkage is {shrinkage}, expected a number of at least 0; 0 switches the shrinking off.")
-    scores, references = _checked(scores, references)
-    common = best_threshold(scores, references)
-
-    def shrunk(label: int) -> float:
-        own, support = _best_cut(scores[:, label], references[:, label]), references[:, label].sum()
-        if own is None:
-            return common
-        weight = support / (support + shrinkage)
-        odds = (own / (1 - own)) ** weight * (common / (1 - common)) ** (1 - weight)  # a mean of logits
-        return odds / (1 + odds)
-
-    return np.array([shrunk(label) for label in range(scores.shape[1])])
 
 
 def metrics_table(rows: Sequence[Mapping], columns: Sequence[str] | None = None) -> str:
@@ -203,22 +140,6 @@ def metrics_table(rows: Sequence[Mapping], columns: Sequence[str] | None = None)
     return "\n".join("  ".join(line).rstrip() for line in zip(*map(column, columns), strict=True))
 
 
-def _best_cut(scores: np.ndarray, references: np.ndarray) -> float | None:
-    """The threshold with the highest F1 for flat scores, or `None` where F1 is 0 at every threshold above 0."""
-    order = np.argsort(-scores)
-    hits = np.cumsum(references[order])
-    scores = np.append(scores[order], 0.0)  # below the last score lies 0, and scores of 0 cannot be accepted
-    last = np.flatnonzero(np.diff(scores))  # equal scores stand or fall together: cut only behind the last of them
-    f1 = 2 * hits[last] / (last + 1 + hits[-1])
-    if not f1.any():
-        return None
-    cut = last[f1.argmax()]
-    upper, lower = scores[cut], scores[cut + 1]
-    middle = (upper + lower) / 2
-    threshold = middle if lower < np.float32(middle) <= upper else upper
-    return float(min(threshold, np.nextafter(1.0, 0.0)))
-
-
 def _ratio(numerator: ArrayLike, denominator: ArrayLike, empty: float = 0.0) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.full(np.shape(denominator), empty), where=denominator > 0)
 
@@ -230,13 +151,16 @@ def _precision_recall_f1(predicted: np.ndarray, references: np.ndarray, axis: in
     return _ratio(hits, guessed, empty), _ratio(hits, actual, empty), _ratio(2 * hits, guessed + actual, empty)
 
 
-def _average_precisions(scores: np.ndarray, references: np.ndarray) -> list[float | None]:
-    columns = zip(scores.T, references.T, strict=True)
-    return [float(average_precision_score(truth, score)) if truth.any() else None for score, truth in columns]
+def _average_precisions(scores: np.ndarray, references: np.ndarray, known: np.ndarray) -> list[float | None]:
+    columns = [(truth[mask], score[mask]) for truth, score, mask in zip(references.T, scores.T, known.T, strict=True)]
+    return [float(average_precision_score(truth, score)) if truth.any() else None for truth, score in columns]
 
 
-def _checked(scores: ArrayLike, references: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Scores as float64 and references as bool, both `(N, L)`."""
+def check_scores(scores: ArrayLike, references: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores as float64, which labels are there and which of them are known as bool, all `(N, L)`.
+
+    Raises `ValueError` for inputs of the wrong shape or range.
+    """
     scores, references = np.asarray(scores, dtype=np.float64), np.asarray(references)
     if scores.ndim != 2 or scores.size == 0:
         expected = "(rows, labels) with at least one of each: pass one row per sample, one column per label"
@@ -250,10 +174,10 @@ def _checked(scores: ArrayLike, references: ArrayLike) -> tuple[np.ndarray, np.n
     if scores.min() < 0 or scores.max() > 1:
         expected = "probabilities in [0, 1]: apply a sigmoid if these are logits"
         raise ValueError(f"Scores lie between {scores.min():.4g} and {scores.max():.4g}, expected {expected}.")
-    if (wrong := references[(references != 0) & (references != 1)]).size:
-        expected = "0 and 1 only: encode the labels as multi-hot rows, one column per label"
+    if (wrong := references[(references != 0) & (references != 1) & (references != -1)]).size:
+        expected = "0 and 1, or -1 for unknown: encode the labels as multi-hot rows, one column per label"
         raise ValueError(f"References contain {wrong[0]}, expected {expected}.")
-    return scores, references.astype(bool)
+    return scores, references == 1, references != -1
 
 
 def _checked_threshold(threshold: float | Sequence[float], num_labels: int) -> np.ndarray:

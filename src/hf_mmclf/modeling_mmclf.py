@@ -15,7 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .configuration_mmclf import MMClfConfig
 from .freezing_mmclf import cut, frozen_image_modules, frozen_text_modules
-from .fusion_mmclf import Fusion, ScaleNorm, StandIn, masked_mean, projection
+from .fusion_mmclf import Fusion, LabelClassifier, LabelQueries, ScaleNorm, StandIn, masked_mean, projection
 
 
 def in_chunks(function: Callable[[torch.Tensor], torch.Tensor], pictures: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ class MMClfForImageTextClassification(PreTrainedModel):
         if config.has_image:
             args = config.image_backbone_args or {}
             self.image_model = timm.create_model(config.image_backbone, num_classes=0, **args)
-            pooled = config.image_tokens == "pooled" or not both
+            pooled = self._image_is_pooled
             image_width = self.image_model.head_hidden_size if pooled else self.image_model.num_features
             if next(self.image_model.parameters()).device.type != "meta":
                 self._timm_made = frozenset(map(id, self.image_model.modules()))
@@ -66,7 +66,7 @@ class MMClfForImageTextClassification(PreTrainedModel):
         if config.has_text:
             text_class = MODEL_MAPPING[type(config.text_config)]
             pools = "add_pooling_layer" in inspect.signature(text_class).parameters
-            wants_pooler = not both and config.text_pooling == "pooler"
+            wants_pooler = self._text_is_pooled
             if wants_pooler and not pools:
                 raise ValueError(f'{text_class.__name__} has no pooler: set text_pooling to "mean"')
             # an unused pooler would make DDP search for parameters without a gradient
@@ -74,9 +74,14 @@ class MMClfForImageTextClassification(PreTrainedModel):
             text_width = config.text_config.hidden_size
             self._frozen["text"] = frozen_text_modules(self.text_model, config.unfrozen_text_layers)
 
+        queries = config.fusion == "label_queries"
         if both:
-            self.missing_image = StandIn(image_width, config.learned_missing)
-            self.missing_text = StandIn(text_width, config.learned_missing)
+            learned = config.learned_missing or config.modality_dropout > 0
+            self.missing_image, self.missing_text = StandIn(image_width, learned), StandIn(text_width, learned)
+        if queries:
+            widths = ([image_width] if config.has_image else []) + ([text_width] if config.has_text else [])
+            self.fusion = LabelQueries(config, widths)
+        elif both:
             self.fusion = Fusion(config, image_width, text_width)
             self.image_projection = projection(config, image_width)
             self.text_projection = projection(config, text_width)
@@ -84,7 +89,10 @@ class MMClfForImageTextClassification(PreTrainedModel):
         else:
             classifier_width = image_width if config.has_image else text_width
         self.dropout = nn.Dropout(0.0 if both and config.projection_norm else config.dropout)
-        self.classifier = nn.Linear(classifier_width, config.num_labels)
+        if queries:
+            self.classifier = LabelClassifier(config.width, config.num_labels)
+        else:
+            self.classifier = nn.Linear(classifier_width, config.num_labels)
         self.post_init()
         self._settle_parameters()
         self.train(self.training)
@@ -101,6 +109,11 @@ class MMClfForImageTextClassification(PreTrainedModel):
             init.ones_(module.scale)
         elif isinstance(module, StandIn) and module.vector is not None:
             init.normal_(module.vector, std=0.02)
+        elif isinstance(module, LabelQueries):
+            init.normal_(module.queries)
+        elif isinstance(module, LabelClassifier):
+            init.normal_(module.weight, std=self.config.width**-0.5)
+            init.zeros_(module.bias)
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()  # timm's tables of positions: not in a file, garbage after loading
 
@@ -249,9 +262,14 @@ class MMClfForImageTextClassification(PreTrainedModel):
             if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
                 module.register_forward_pre_hook(partial(once, momentum=module.momentum))
 
+    @property
+    def _image_is_pooled(self) -> bool:
+        config = self.config
+        return config.image_tokens == "pooled" or not (config.has_text or config.fusion == "label_queries")
+
     def _image_tokens(self, backbone: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         features = backbone.forward_features(pixel_values)
-        if self.config.image_tokens == "pooled" or not self.config.has_text:
+        if self._image_is_pooled:
             return backbone.forward_head(features, pre_logits=True).unsqueeze(1)
         if features.ndim == 4:  # timm's CNNs give NCHW, its hierarchical transformers NHWC
             channels_last = features.shape[1] != backbone.num_features
@@ -319,7 +337,8 @@ class MMClfForImageTextClassification(PreTrainedModel):
 
     @property
     def _text_is_pooled(self) -> bool:
-        return not self.config.has_image and self.config.text_pooling == "pooler"
+        config = self.config
+        return config.text_pooling == "pooler" and not (config.has_image or config.fusion == "label_queries")
 
     @torch.no_grad()
     def text_states(
@@ -372,20 +391,44 @@ class MMClfForImageTextClassification(PreTrainedModel):
             mask = mask.any(1, keepdim=True)
         return tokens, mask if text_mask is None else mask & text_mask.bool()[:, None]
 
+    def _drop_modalities(
+        self, like: torch.Tensor, image_mask: torch.Tensor | None, text_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The masks (B,) with some rows' picture or caption gone, never what is the last thing of a row."""
+        image_mask, text_mask = (
+            torch.ones(len(like), dtype=torch.bool, device=like.device) if mask is None else mask.bool()
+            for mask in (image_mask, text_mask)
+        )
+        draw = torch.rand(len(like), device=like.device)
+        whole, half = image_mask & text_mask, self.config.modality_dropout / 2
+        return image_mask & ~(whole & (draw < half)), text_mask & ~(whole & (draw >= 1 - half))
+
+    @torch.no_grad()
+    def calibrate(self, temperature: float) -> None:
+        """Divides all logits by a temperature from now on: the classifier takes it in, so that it is saved with it."""
+        for parameter in self.classifier.parameters():
+            parameter.div_(temperature)
+
     def classify(
         self,
         image: tuple[torch.Tensor, torch.Tensor] | None = None,
         text: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Logits (B, L) of what `image_features` and `text_features` return; either may be `None` for all rows."""
-        if not (self.config.has_image and self.config.has_text):
-            features = masked_mean(*(text if image is None else image))
-        else:
+        both = self.config.has_image and self.config.has_text
+        if both:
             image = self.missing_image.blank(text[0]) if image is None else image
             text = self.missing_text.blank(image[0]) if text is None else text
-            image_vector, text_vector = self.fusion(*self.missing_image(*image), *self.missing_text(*text))
+            image, text = self.missing_image(*image), self.missing_text(*text)
+        tokens = [modality for modality in (image, text) if modality is not None]
+        if self.config.fusion == "label_queries":
+            features = self.fusion(*tokens)
+        elif both:
+            image_vector, text_vector = self.fusion(*image, *text)
             features = [self.image_projection(image_vector), self.text_projection(text_vector)]
             features = torch.cat(features, dim=-1)
+        else:
+            features = masked_mean(*tokens[0])
         return self.classifier(self.dropout(features))
 
     def forward(
@@ -411,7 +454,8 @@ class MMClfForImageTextClassification(PreTrainedModel):
                 Whether a row has a picture, a caption. Defaults to all where the input is given, to none where not.
                 What stands in the input of an absent one does not matter. A row without any token has no caption.
             labels (`torch.FloatTensor` of shape `(batch, num_labels)`, *optional*):
-                Multi-hot targets. With them the output has the loss: the mean binary cross-entropy, in fp32.
+                Multi-hot targets, -1 where nobody knows. With them the output has the loss: the mean binary
+                cross-entropy of what is known, in fp32. (`MMClfTrainer` has others.)
             image_states, text_states (`torch.FloatTensor`, *optional*):
                 What the methods of these names give, in place of `pixel_values` and of `input_ids`; `attention_mask`
                 is then that of the states.
@@ -434,6 +478,10 @@ class MMClfForImageTextClassification(PreTrainedModel):
             names = ["pixel_values"] * config.has_image + ["input_ids"] * config.has_text
             raise ValueError(f"expected {' or '.join(names)}, got neither")
 
+        if self.training and config.modality_dropout and has_image and has_text:
+            image_mask, text_mask = self._drop_modalities(
+                input_ids if text_states is None else text_states, image_mask, text_mask
+            )
         image = text = None
         if has_image:
             image = self.image_features(pixel_values, image_mask, image_states)
@@ -442,7 +490,10 @@ class MMClfForImageTextClassification(PreTrainedModel):
         logits = self.classify(image, text)
         loss = None
         if labels is not None:
-            loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+            known = labels >= 0
+            targets = labels.float().clamp(min=0)
+            losses = F.binary_cross_entropy_with_logits(logits.float(), targets, weight=known.float(), reduction="sum")
+            loss = losses / known.sum().clamp(min=1)
         output = SequenceClassifierOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 

@@ -93,10 +93,10 @@ def f1_by_threshold(
     scores: np.ndarray, references: np.ndarray, thresholds: Iterable[float]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Micro- and macro-F1 at each of the thresholds, counted as [`MultiLabelMetric`] does."""
-    references = np.asarray(references, dtype=bool)
+    known, references = np.asarray(references) >= 0, np.asarray(references) == 1
     predicted, hits = [], []
     for threshold in thresholds:
-        above = scores >= threshold
+        above = (scores >= threshold) & known
         predicted.append(above.sum(0))
         hits.append((above & references).sum(0))
     hits, both = np.array(hits), np.array(predicted) + references.sum(0)
@@ -129,22 +129,22 @@ def precision_recall_figure(
 ) -> Figure:
     """Precision against recall: of all decisions with the point of the fitted thresholds, and of up to 12 labels."""
     figure, axes = _figure(7, 4.2)
-    references = np.asarray(references, dtype=bool)
+    known, references = np.asarray(references) >= 0, np.asarray(references) == 1
     looks = [(color, line) for line in ("-", "--") for color in (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)]
     for i, row in enumerate(per_label if len(per_label) <= len(looks) else ()):
         if not references[:, i].any():
             continue  # nothing to recall
-        precision, recall, _ = precision_recall_curve(references[:, i], scores[:, i])
+        precision, recall, _ = precision_recall_curve(references[known[:, i], i], scores[known[:, i], i])
         color, line = looks[i]
         # the number first: legends leave out names that begin with an underscore
         label = f"{row['average_precision']:.3f}  {_short(row['label'])}"
         axes.plot(recall, precision, line, color=color, linewidth=1, drawstyle="steps-post", label=label)
     if references.any():
-        flat = references.ravel(), scores.ravel()
+        flat = references[known], scores[known]
         precision, recall, _ = precision_recall_curve(*flat)
         label = f"{average_precision_score(*flat):.3f}  all decisions"
         axes.plot(recall, precision, color="black", linewidth=2, drawstyle="steps-post", label=label)
-        above = scores >= np.array([row["threshold"] for row in per_label])
+        above = (scores >= np.array([row["threshold"] for row in per_label])) & known
         hits = (above & references).sum()
         point = hits / references.sum(), hits / max(above.sum(), 1)
         axes.plot(*point, "o", color="black", markersize=7, label="at the fitted thresholds")

@@ -30,12 +30,13 @@ from .evaluation import ComputeMetrics, report, report_table, scores_of
 from .feature_cache import FeatureCache
 from .finished import save_model, whole_folder
 from .image_processing_mmclf import MMClfImageProcessor
-from .metrics import best_threshold, label_thresholds
+from .losses import MultiLabelLoss
 from .modeling_mmclf import MMClfForImageTextClassification
 from .presets import config_from_preset
 from .processing_mmclf import MMClfProcessor
 from .records import machine_name, run_record, write_records
 from .streaming import StreamCollator, open_stream
+from .thresholds import best_threshold, fit_temperature, label_thresholds
 from .tokenization import load_tokenizer
 
 CHECKPOINTS = "checkpoints"
@@ -44,11 +45,25 @@ CHECKPOINTS = "checkpoints"
 class MMClfTrainer(Trainer):
     """`Trainer` with learning rates by part and no weight decay on one-dimensional parameters.
 
-    `train_collator` makes batches of training rows where these are another kind than those to evaluate on.
+    `criterion` is the loss of logits and labels, a mean over the batch. `train_collator` makes batches of training rows
+    where these are another kind than those to evaluate on.
     """
 
     args: MMClfTrainingArguments
+    criterion: nn.Module = MultiLabelLoss()
     train_collator: Callable | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The `criterion` of the model's logits, in place of the model's own loss."""
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        loss = self.criterion(outputs["logits"], inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments name, over [`parameter_groups`]."""
@@ -94,7 +109,7 @@ def build_config(args: ModelArguments) -> MMClfConfig:
     """The preset's configuration with what the arguments change; labels and vocabulary are still open."""
     if args.preset is None:
         raise ValueError("ModelArguments.preset is None; name a preset, or let parse_arguments choose one")
-    names = ("fusion", "image_tokens", "width", "dropout", "learned_missing")
+    names = ("fusion", "fusion_layers", "image_tokens", "width", "dropout", "learned_missing", "modality_dropout")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in ("unfrozen_image_stages", "unfrozen_text_layers"):
         if getattr(args, name) is not None:
@@ -226,6 +241,7 @@ def train(
             "data_collator": cache.cached_collator,
         }
     trainer = MMClfTrainer(model=model, args=args, compute_metrics=ComputeMetrics(), **datasets)
+    trainer.criterion = _criterion(args, None if stream else train_rows).to(args.device)
     if stream:
         seen = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json")).global_step if resume else 0
         skipped = seen * args.gradient_accumulation_steps
@@ -237,22 +253,28 @@ def train(
     trainer.train(resume_from_checkpoint=resume)
 
     trainer.data_collator = collator  # reports are of rows as users will give them
-    reports, outcomes, speed = {}, {}, {}
+    reports, outcomes, speed, temperature = {}, {}, {}, None
     for name in ("validation", "test"):
         rows = prepared.splits.get(name)
         if rows is None or "labels" not in rows.column_names:
             say(f"No labelled {name} rows: nothing to report on them")
             continue
         result = trainer.predict(rows.with_transform(evaluation), metric_key_prefix=name)
-        scores = scores_of(result.predictions)
+        logits = result.predictions
+        if name == "validation" and args.calibrate:
+            temperature = fit_temperature(logits, result.label_ids)
+            model.calibrate(temperature)
+            logits = logits / temperature
+        scores = scores_of(logits)
         outcomes[name] = scores, result.label_ids
         speed = {"split": name, "rows_per_second": result.metrics.get(f"{name}_samples_per_second")}
         if name == "validation":  # test labels never choose anything
-            _fit_thresholds(config, scores, result.label_ids, args.label_thresholds)
+            _fit_thresholds(config, scores, result.label_ids, args)
         reports[name] = report(scores, result.label_ids, config)
     if main:
         record = run_record((model_args, data_args, augmentation, args), trainer, prepared)
         record |= {"tokenizer": tokenizer_source, "missing": missing, "resumed": resume is not None}
+        record["temperature"] = temperature
         record["recipe"] |= {"image_size": size, "max_tokens": getattr(tokenizer, "model_max_length", None)}
         record["speed"] = {**speed, "batch_size": args.eval_batch_size, "machine": machine_name(args)}
         with whole_folder(output, Path(args.output_dir) / "finished") as stage:
@@ -370,12 +392,27 @@ def _augmentations(args: AugmentationArguments, processor: MMClfImageProcessor |
         rotation=args.rotation,
         color_jitter=args.color_jitter,
     )
-    return image, TextAugmentation(args.swap_words) if args.swap_words else None
+    changes_words = args.swap_words or args.drop_words
+    return image, TextAugmentation(args.swap_words, args.drop_words) if changes_words else None
 
 
-def _fit_thresholds(config: MMClfConfig, scores: Any, references: Any, per_label: bool) -> None:
-    config.threshold = float(best_threshold(scores, references))
+def _criterion(args: MMClfTrainingArguments, rows: Dataset | None) -> MultiLabelLoss:
+    """The loss that the arguments name, with the label frequencies of the training rows."""
+    positives, count = None, None
+    if args.positive_weight_power or args.loss == "distribution_balanced":
+        if rows is None:
+            raise ValueError("--streaming never sees all labels: no --positive_weight_power, no distribution_balanced")
+        labels = torch.from_numpy(rows.with_format("numpy")["labels"][:])
+        positives, count = (labels == 1).sum(0), len(rows)
+    weights = dict(power=args.positive_weight_power, cap=args.positive_weight_cap)
+    return MultiLabelLoss(args.loss, positives, count, smoothing=args.label_smoothing_factor, **weights)
+
+
+def _fit_thresholds(config: MMClfConfig, scores: Any, references: Any, args: MMClfTrainingArguments) -> None:
+    aim = dict(beta=args.threshold_beta, precision=args.threshold_precision)
+    config.threshold = best_threshold(scores, references, args.threshold_objective or "micro", **aim)
     config.label_thresholds = None
-    if per_label:
-        fitted = label_thresholds(scores, references)
+    if args.label_thresholds:
+        shrinkage = None if args.threshold_shrinkage == -1 else args.threshold_shrinkage
+        fitted = label_thresholds(scores, references, shrinkage, args.threshold_objective or "macro", **aim)
         config.label_thresholds = {name: float(t) for name, t in zip(config.id2label.values(), fitted, strict=True)}
