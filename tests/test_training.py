@@ -27,6 +27,7 @@ from hf_mmclf import (
 )
 from hf_mmclf.plots import PLOTS
 from hf_mmclf.presets import config_from_preset
+from hf_mmclf.thresholds import best_threshold
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 230)}

@@ -45,8 +45,8 @@ CHECKPOINTS = "checkpoints"
 class MMClfTrainer(Trainer):
     """`Trainer` with learning rates by part and no weight decay on one-dimensional parameters.
 
-    `criterion` is the loss of logits and labels, a mean over the batch. `train_collator` makes batches of training rows
-    where these are another kind than those to evaluate on.
+    `criterion` is the loss of logits and labels, a mean over the batch. `train_collator` makes batches of training
+    rows where these are another kind than those to evaluate on.
     """
 
     args: MMClfTrainingArguments
@@ -109,7 +109,8 @@ def build_config(args: ModelArguments) -> MMClfConfig:
     """The preset's configuration with what the arguments change; labels and vocabulary are still open."""
     if args.preset is None:
         raise ValueError("ModelArguments.preset is None; name a preset, or let parse_arguments choose one")
-    names = ("fusion", "fusion_layers", "image_tokens", "width", "dropout", "learned_missing", "modality_dropout")
+    names = ("fusion", "fusion_layers", "fusion_norm", "projection_norm", "image_tokens", "width", "dropout")
+    names += ("learned_missing", "modality_dropout")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in ("unfrozen_image_stages", "unfrozen_text_layers"):
         if getattr(args, name) is not None:

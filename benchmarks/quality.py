@@ -1,0 +1,222 @@
+"""What the presets reach and what thresholds are worth, over seeds and with spread.
+
+    python benchmarks/quality.py WHAT [--seeds 3] [--presets NAME ...] [--output table.md]
+
+WHAT is one of
+
+    captions    text only, on real captions (`../shared/data/captions`; without them there is nothing to measure):
+                TF-IDF with logistic regression and the text presets from random weights, split 80/10/10 by the seed
+    fusion      the embedded data set: each modality alone, every fusion of the poster, ours; all with the same
+                backbones from random weights and for the same number of epochs
+    thresholds  how much of a threshold's validation F1 is left on other rows: plain search by label, shrunk, global
+    all         each of these
+
+Thresholds are fitted on validation rows, all figures are of test rows: mean, lowest and highest over the seeds.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.multiclass import OneVsRestClassifier
+
+from hf_mmclf import (
+    DataArguments,
+    FinishedModel,
+    best_threshold,
+    demo_dataset,
+    label_thresholds,
+    parse_arguments,
+    train,
+)
+from hf_mmclf.card import markdown_table
+from hf_mmclf.data import prepare_data
+from hf_mmclf.demo import ceiling
+
+CAPTIONS = Path(__file__).parents[2] / "shared" / "data" / "captions" / "train.csv"
+TEXT_PRESETS = ("captions", "bert-tiny")
+# The fusions of the poster's twelve multimodal systems: where they differ in backbones and freezing alone, these are
+# made equal here, and twelve are five.
+POSTER = {
+    "densitybert, bensity": "--fusion self --image_tokens pooled",
+    "modensitybert, warmdbert, warmerdbert, warmerdbert-extended": "--fusion self --fusion_norm --image_tokens pooled",
+    "wwdbert": "--fusion self --fusion_norm --projection_norm --dropout 0.5 --image_tokens pooled",
+    "cdbert-text, censity-text": "--fusion cross_text --image_tokens pooled",
+    "cdbert-image, censity-image, rest": "--fusion cross_image --image_tokens pooled",
+}
+PLAIN = "--modality_dropout 0 --learned_missing false"  # what the poster's do not have
+ALONE = {"image": "demo-image", "text": "demo-text"}
+
+Scored = tuple[np.ndarray, np.ndarray]  # scores and multi-hot labels, (N, L) both
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
+
+
+def micro(scored: Scored, thresholds: Any) -> float:
+    return f1_score(scored[1], scored[0] >= thresholds, average="micro", zero_division=0)
+
+
+def macro(scored: Scored, thresholds: Any) -> float:
+    return f1_score(scored[1], scored[0] >= thresholds, average="macro", zero_division=0)
+
+
+def trained(flags: list[str], data: DataArguments, changes: tuple[Callable[[Dataset], Dataset], ...] = ()) -> dict:
+    """Validation and test rows scored by a model trained as the flags say, and the test rows changed in some ways."""
+    with tempfile.TemporaryDirectory() as scratch:
+        began = time.perf_counter()
+        folder = train(*parse_arguments([*flags, "--output_dir", f"{scratch}/model", "--disable_tqdm", "true"]))
+        minutes = (time.perf_counter() - began) / 60
+        finished = FinishedModel.load(folder)
+        config = finished.model.config
+        found = prepare_data(data, config.has_image, config.has_text).splits
+        megabytes = (folder / "model.safetensors").stat().st_size / 2**20
+
+        def scored(rows: Dataset) -> Scored:
+            return finished.scores(rows, Path(data.image_dir or ".")), np.array(rows["labels"])
+
+        result = {"minutes": minutes, "megabytes": megabytes, "config": config}
+        result |= {name: scored(found[name]) for name in ("validation", "test")}
+        return result | {"changed": [scored(change(found["test"])) for change in changes]}
+
+
+def tf_idf(data: DataArguments) -> dict:
+    """The linear model on words and pairs of words that every text model has to beat."""
+    began = time.perf_counter()
+    splits = prepare_data(data, uses_image=False).splits
+    vectors = TfidfVectorizer(sublinear_tf=True, min_df=2)
+    classifier = OneVsRestClassifier(LogisticRegression(C=10, max_iter=1000))
+    classifier.fit(vectors.fit_transform(splits["train"]["text"][:]), np.array(splits["train"]["labels"]))
+    result: dict[str, Any] = {"megabytes": None}
+    for name in ("validation", "test"):
+        scores = classifier.predict_proba(vectors.transform(splits[name]["text"][:]))
+        result[name] = scores, np.array(splits[name]["labels"])
+    return result | {"minutes": (time.perf_counter() - began) / 60}
+
+
+def captions(options: argparse.Namespace) -> list[dict]:
+    if not CAPTIONS.is_file():
+        print(f"captions: skipped, no {CAPTIONS.name} beside the project")
+        return []
+    presets = options.presets or TEXT_PRESETS
+    runs: dict[str, list[dict]] = {name: [] for name in ("TF-IDF, logistic regression", *presets)}
+    for seed in range(options.seeds):
+        data = DataArguments(data=str(CAPTIONS), split_seed=seed)
+        runs["TF-IDF, logistic regression"].append(tf_idf(data))
+        for preset in presets:
+            flags = ["--preset", preset, "--from_scratch", "--data", str(CAPTIONS), "--split_seed", str(seed)]
+            runs[preset].append(trained([*flags, "--seed", str(seed)], data))
+    lines = []
+    for name, results in runs.items():
+        cuts = [best_threshold(*run["validation"]) for run in results]
+        own = [label_thresholds(*run["validation"]) for run in results]
+        line = {"model": name, "micro-F1": spread([micro(run["test"], cut) for run, cut in zip(results, cuts)])}
+        line["macro-F1 at 0.5"] = spread([macro(run["test"], 0.5) for run in results])
+        line["macro-F1, one threshold"] = spread([macro(run["test"], cut) for run, cut in zip(results, cuts)])
+        line["macro-F1, by label"] = spread([macro(run["test"], cut) for run, cut in zip(results, own)])
+        line["gain by label"] = spread([macro(r["test"], cut) - macro(r["test"], 0.5) for r, cut in zip(results, own)])
+        line["MB"] = results[0]["megabytes"]
+        lines.append(line | {"minutes": statistics.mean(run["minutes"] for run in results)})
+    return lines
+
+
+def without(modality: str) -> Callable[[Dataset], Dataset]:
+    def change(rows: Dataset) -> Dataset:
+        return rows.map(lambda row: {modality: None}, load_from_cache_file=False)
+
+    return change
+
+
+def fusion(options: argparse.Namespace) -> list[dict]:
+    data, test = DataArguments(), demo_dataset()["test"]
+    models = {preset: f"--preset {preset}" for preset in ALONE.values()}
+    models |= {name: f"--preset demo {flags} {PLAIN}" for name, flags in POSTER.items()}
+    models |= {preset: f"--preset {preset}" for preset in options.presets or ["demo"]}
+    lines, alone = [], {}
+    for name, flags in models.items():
+        both = name not in ALONE.values()
+        changes = (without("text"), without("image")) if both else ()
+        runs = [trained([*flags.split(), "--seed", str(seed)], data, changes) for seed in range(options.seeds)]
+        cuts = [run["config"].threshold for run in runs]
+        values = [micro(run["test"], cut) for run, cut in zip(runs, cuts)]
+        read = next((modality for modality, preset in ALONE.items() if preset == name), "both")
+        line = {"model": name, "micro-F1": spread(values), "possible": ceiling(test, read)}
+        if not both:
+            alone[read] = statistics.mean(values)
+        better = max(alone.values())
+        gap = (statistics.mean(values) - better) / (ceiling(test) - better)
+        line["of the gap"] = f"{gap:.0%}" if both else None
+        for index, modality in enumerate(ALONE):
+            only = [micro(run["changed"][index], cut) for run, cut in zip(runs, cuts)] if both else None
+            line[f"{modality} only"] = spread(only) if only else None
+            line[f"against {ALONE[modality]}"] = statistics.mean(only) - alone[modality] if only else None
+        line["MB"] = runs[0]["megabytes"]
+        lines.append(line | {"minutes": statistics.mean(run["minutes"] for run in runs)})
+        print(line)
+    return lines
+
+
+def thresholds(options: argparse.Namespace) -> list[dict]:
+    """200 times: thresholds of 500 rows, their macro-F1 over labels of less than 5 % there and on all other rows."""
+    data = DataArguments(data=str(CAPTIONS)) if CAPTIONS.is_file() else DataArguments(demo_rows=10_000)
+    runs = tf_idf(data)
+    scores, references = (np.concatenate(parts) for parts in zip(runs["validation"], runs["test"], strict=True))
+    rare = references.mean(0) < 0.05
+    ways: dict[str, Callable[[np.ndarray, np.ndarray], Any]] = {
+        "by label, plain search": lambda s, r: label_thresholds(s, r, shrinkage=0),
+        "by label, shrunk": label_thresholds,
+        "by label, shrinkage cross-validated": lambda s, r: label_thresholds(s, r, shrinkage=None),
+        "one for all labels": best_threshold,
+        "0.5": lambda s, r: 0.5,
+    }
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        order = draw.permutation(len(scores))
+        fit, rest = order[:500], order[500:]
+        for way, search in ways.items():
+            cut = np.broadcast_to(search(scores[fit], references[fit]), len(rare))[rare]
+            found[way].append(
+                tuple(macro((scores[rows][:, rare], references[rows][:, rare]), cut) for rows in (fit, rest))
+            )
+    lines = []
+    for way, pairs in found.items():
+        fitted, other = np.array(pairs).T
+        low, high = np.percentile(fitted - other, [2.5, 97.5])
+        line = {"thresholds": way, "rows they were fitted on": fitted.mean(), "other rows": other.mean()}
+        lines.append(line | {"optimism": f"{(fitted - other).mean():.3f} ({low:.3f}–{high:.3f})"})
+    return lines
+
+
+BENCHMARKS = {"captions": captions, "fusion": fusion, "thresholds": thresholds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=[*BENCHMARKS, "all"], help="What to measure.")
+    parser.add_argument("--seeds", type=int, default=3, help="Runs of each model (default: %(default)s).")
+    parser.add_argument("--presets", nargs="+", help="Instead of ours: of captions the text presets, of fusion demo.")
+    parser.add_argument("--output", type=Path, help="Markdown file to write the tables to.")
+    options = parser.parse_args()
+    texts = []
+    for what in BENCHMARKS if options.what == "all" else [options.what]:
+        lines = BENCHMARKS[what](options)
+        if lines:
+            texts.append(f"## {what}\n\n{markdown_table(lines)}\n")
+            print(f"\n{texts[-1]}")
+    if options.output:
+        options.output.write_text("\n".join(texts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
