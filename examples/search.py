@@ -23,9 +23,13 @@ if TYPE_CHECKING:
     from optuna import Trial
 
 
-def search_space(trial: "Trial") -> dict[str, float]:
-    """The training arguments of a trial; what it draws without returning it belongs to the model."""
-    trial.suggest_float("dropout", 0.0, 0.5)
+def model_space(trial: "Trial") -> dict[str, float]:
+    """Of the model."""
+    return {"dropout": trial.suggest_float("dropout", 0.0, 0.5)}
+
+
+def training_space(trial: "Trial") -> dict[str, float]:
+    """Of its training."""
     return {
         "learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True),
         "backbone_learning_rate": trial.suggest_float("backbone_learning_rate", 1e-5, 1e-2, log=True),
@@ -50,12 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         # no trial leaves a checkpoint, so none goes back to its best one either
         flags = ["--save_strategy", "no", "--load_best_model_at_end", "false", "--output_dir", scratch]
         arguments = parse_arguments([*rest, *flags], prog=parser.prog)
-        trainer = build_trainer(*arguments)
+        trainer = build_trainer(*arguments, model_space)
         best = trainer.hyperparameter_search(
-            search_space, objective, n_trials=own.trials, direction="maximize", backend="optuna"
+            training_space, objective, n_trials=own.trials, direction="maximize", backend="optuna"
         )
-    if best is None:  # accelerate's other processes
-        return
     found = {"preset": arguments[0].preset, **best.hyperparameters}
     about = f"# trial {best.run_id} of {own.trials}: F1 {best.objective:.4f} on the validation rows\n"
     own.output.write_text(about + yaml.safe_dump(found, sort_keys=False), encoding="utf-8")

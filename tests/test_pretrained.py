@@ -14,6 +14,7 @@ import sys
 import pytest
 import timm
 import torch
+from hub_server import HubServer
 from huggingface_hub import constants
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForPreTraining
@@ -84,17 +85,21 @@ def checkpoints(tmp_path_factory):
     return made
 
 
-@pytest.fixture
-def here(hub, checkpoints, tmp_path, monkeypatch):
-    """The Hub with these models, for this process too."""
-    for name, (folder, _) in checkpoints.items():
-        hub.add_model(name, folder)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "1")  # a thread that would outlive the test
-    return hub
+@pytest.fixture(scope="module")
+def here(checkpoints, tmp_path_factory):
+    """A Hub with these models, for this process too; one for all tests, since clients remember the last commit."""
+    with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
+        for name, (folder, _) in checkpoints.items():
+            hub.add_model(name, folder)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "ENDPOINT", hub.endpoint)
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path_factory.mktemp("home") / "no-token"))
+        patch.delenv("HF_TOKEN", raising=False)
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setenv("DISABLE_SAFETENSORS_CONVERSION", "1")  # a thread that would outlive the tests
+        yield hub
 
 
 def downloads(hub):
@@ -165,10 +170,12 @@ def test_a_pickle_that_runs_code_is_not_read(place, zipped, here, checkpoints, t
     (folder / "config.json").write_bytes((checkpoints[BERT_TINY][0] / "config.json").read_bytes())
     content = {**checkpoints[BERT_TINY][1], "more": Trap(str(mark))}
     torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    here.add_model(BERT_TINY, folder)
-    source = {"text_weights": "hub" if place == "hub" else str(folder)}
+    name = f"somebody/bert-{zipped}"
+    here.add_model(name, folder)
+    config = config_from_preset("bert-tiny", text_backbone=name)
     with pytest.raises(OSError, match="not a pickle of tensors alone.*safetensors"):
-        MMClfForImageTextClassification.from_backbones(config_from_preset("bert-tiny"), **source)
+        MMClfForImageTextClassification.from_backbones(config, text_weights="hub" if place == "hub" else str(folder))
+    assert place != "hub" or f"{name}/pytorch_model.bin" in downloads(here)
     assert not mark.exists()
     torch.load(folder / "pytorch_model.bin", weights_only=False)
     assert mark.exists()  # the trap works
@@ -180,13 +187,12 @@ def test_timms_weights_are_no_pickle_either(here, checkpoints, tmp_path):
     folder.mkdir()
     (folder / "config.json").write_bytes((checkpoints[DENSENET][0] / "config.json").read_bytes())
     torch.save({**checkpoints[DENSENET][1], "more": Trap(str(mark))}, folder / "pytorch_model.bin")
-    here.add_model(DENSENET, folder)
+    here.add_model("somebody/densenet", folder)
+    config = config_from_preset("resnet18", image_backbone="hf-hub:somebody/densenet")
     for weights in ("hub", str(folder), str(folder / "pytorch_model.bin")):
         with pytest.raises(RuntimeError, match="weights_only=True blocked"):
-            MMClfForImageTextClassification.from_backbones(
-                config_from_preset("warmerdbert"), image_weights=weights, text_weights=None
-            )
-    assert not mark.exists()
+            MMClfForImageTextClassification.from_backbones(config, image_weights=weights)
+    assert not mark.exists() and "somebody/densenet/pytorch_model.bin" in downloads(here)
 
 
 def write_table(folder):
@@ -201,24 +207,22 @@ def write_table(folder):
     return table
 
 
-def test_the_command_trains_on_them(hub, checkpoints, tmp_path):
+def test_the_command_trains_on_them(here, checkpoints, tmp_path):
     """A process that has nothing but the Hub's address."""
-    for name in (DENSENET, TINYBERT):
-        hub.add_model(name, checkpoints[name][0])
+    here.requests.clear()
     table, output = write_table(tmp_path), tmp_path / "model"
     flags = ["--preset", "warmerdbert", "--data", str(table), "--output_dir", str(output), "--image_size", "32"]
     flags += ["--max_steps", "2", "--per_device_train_batch_size", "4", "--dataloader_num_workers", "0"]
     flags += ["--validation_fraction", "0.25", "--test_fraction", "0", "--use_cpu", "--disable_tqdm", "true"]
     command = [sys.executable, "-m", "hf_mmclf.cli", "train", *flags]
-    child = subprocess.run(
-        command, env=hub.environment(tmp_path / "home", token=None), capture_output=True, text=True, timeout=300
-    )
+    environment = here.environment(tmp_path / "home", token=None) | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert child.returncode == 0, child.stderr[-3000:]
     said = child.stdout.splitlines()
     assert "image backbone: pretrained, densenet121.tv_in1k" in said
     assert f"text backbone: pretrained, {TINYBERT}" in said
     assert f"tokenizer: {TINYBERT} (30,522 tokens)" in said
-    assert {f"{DENSENET}/model.safetensors", f"{TINYBERT}/pytorch_model.bin"} <= downloads(hub)
+    assert {f"{DENSENET}/model.safetensors", f"{TINYBERT}/pytorch_model.bin"} <= downloads(here)
 
     model = AutoModel.from_pretrained(output)
     assert (model.config.image_weights, model.config.text_weights) == ("densenet121.tv_in1k", TINYBERT)

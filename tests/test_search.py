@@ -42,13 +42,13 @@ class Notes(TrainerCallback):
 
 def test_trials_train_new_models_with_what_they_draw(table, tmp_path):
     flags = ["--output_dir", str(tmp_path), "--save_strategy", "no", "--load_best_model_at_end", "false"]
-    trainer = build_trainer(*parse_arguments([*table_flags(table), *flags, "--num_train_epochs", "4"]))
+    arguments = parse_arguments([*table_flags(table), *flags, "--num_train_epochs", "4"])
+    trainer = build_trainer(*arguments, lambda trial: {"dropout": trial.suggest_float("dropout", 0.0, 0.5)})
     assert len(trainer.train_dataset) == 48 and len(trainer.eval_dataset) == 6
     trainer.add_callback(notes := Notes())
     grid = {"dropout": [0.1, 0.3], "learning_rate": [0.0, 5e-3]}
 
     def space(trial):
-        trial.suggest_float("dropout", 0.0, 0.5)
         rate = trial.suggest_float("learning_rate", 0.0, 1.0)
         return {"learning_rate": rate, "backbone_learning_rate": rate / 2}
 
@@ -82,6 +82,13 @@ def test_the_example_writes_what_training_reads(example, table, tmp_path, capsys
     with pytest.raises(SystemExit):
         example.main(["--output", str(output), *flags])
     assert "best.yaml is there already" in capsys.readouterr().err
+
+
+def test_a_model_argument_that_is_none(table, tmp_path):
+    arguments = parse_arguments([*table_flags(table), "--output_dir", str(tmp_path)])
+    trainer = build_trainer(*arguments, lambda trial: {"drop": trial.suggest_float("drop", 0.0, 0.5)})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'drop'"):
+        trainer.hyperparameter_search(lambda trial: {}, n_trials=1)
 
 
 @pytest.mark.parametrize("flags", [["--streaming", "--max_steps", "2"], ["--cache_features"]])

@@ -1,6 +1,5 @@
 """The main job: rows in, one folder with a trained model and its thresholds out."""
 
-import copy
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
@@ -285,13 +284,19 @@ def build_trainer(
     data_args: DataArguments,
     augmentation: AugmentationArguments,
     args: MMClfTrainingArguments,
+    model_space: Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> MMClfTrainer:
     """
     A trainer for `hyperparameter_search`: rows and settings are those of [`train`], each trial has a new model.
 
-    Of a trial's parameters those that are fields of [`MMClfConfig`] (`dropout`, `width`) shape its model, if the
-    search space draws them (`trial.suggest_float("dropout", 0, 0.5)`); those it returns are training arguments.
-    Nothing is fitted or written but, with `--tokenizer train`, a tokenizer in `output_dir`.
+    It fits no thresholds and writes no finished folder; a tokenizer that is trained goes to `output_dir`.
+
+    Args:
+        model_args, data_args, augmentation, args: As for [`train`].
+        model_space (`Callable`, *optional*):
+            Draws model arguments for a trial, such as `{"dropout": trial.suggest_float("dropout", 0, 0.5)}`, but no
+            backbones, since pictures and captions are made ready for one; training arguments are drawn by the
+            `hp_space` of the search.
 
     Raises:
         `ValueError`: `streaming` or `cache_features`, which hold for one run only.
@@ -305,16 +310,13 @@ def build_trainer(
     if config.has_text:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         tokenizer, _ = _tokenizer(model_args, config, rows, Path(args.output_dir), None)
-    _name_labels(config, prepared.labels)
-    _settle_missing(config, prepared.splits, _be_silent)
-    fields = {field.name for field in dataclasses.fields(MMClfConfig)}
 
     def model_init(trial: Any = None) -> MMClfForImageTextClassification:
-        chosen = copy.deepcopy(config)
-        for name, value in getattr(trial, "params", {}).items():
-            if name in fields:
-                setattr(chosen, name, value)
-        return build_model(chosen, model_args, tokenizer)
+        drawn = model_space(trial) if model_space and trial else {}
+        config = build_config(dataclasses.replace(model_args, **drawn))
+        _name_labels(config, prepared.labels)
+        _settle_missing(config, prepared.splits, _be_silent)
+        return build_model(config, model_args, tokenizer)
 
     model = model_init()  # for what pictures and captions have to be like
     if tokenizer is not None:
@@ -407,7 +409,8 @@ def _tokenizer(
     saved, note = folder / "tokenizer", folder / "tokenizer.txt"
     if source == "train" and note.exists():  # by the main process, or by the run that is resumed
         return load_tokenizer(str(saved))[0], note.read_text(encoding="utf-8")
-    own = None if args.tokenizer else config.text_config  # the backbone's own, whose kind is known
+    # the backbone's own: what kind it is the configuration knows, even where the repository does not say
+    own = config.text_config if source in (args.text_backbone, config.text_backbone) else None
     tokenizer, description = load_tokenizer(source, filter(None, rows["text"][:]), args.vocab_size, own)
     if source == "train":
         tokenizer.save_pretrained(saved)
