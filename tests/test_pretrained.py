@@ -207,6 +207,7 @@ def write_table(folder):
     return table
 
 
+@pytest.mark.slow
 def test_the_command_trains_on_them(here, checkpoints, tmp_path):
     """A process that has nothing but the Hub's address."""
     here.requests.clear()

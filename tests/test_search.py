@@ -40,6 +40,7 @@ class Notes(TrainerCallback):
         self.starts.append(model.classifier.weight.detach().clone())
 
 
+@pytest.mark.slow
 def test_trials_train_new_models_with_what_they_draw(table, tmp_path):
     flags = ["--output_dir", str(tmp_path), "--save_strategy", "no", "--load_best_model_at_end", "false"]
     arguments = parse_arguments([*table_flags(table), *flags, "--num_train_epochs", "4"])
