@@ -15,6 +15,15 @@ optuna = pytest.importorskip("optuna")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "search.py"
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More of them wait for each other where models are this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def example():
     spec = importlib.util.spec_from_file_location("search", EXAMPLE)
