@@ -651,6 +651,16 @@ class HubServer:
         """The repository of a model; `KeyError` for none."""
         return self.repos["models", name]
 
+    def add_model(self, name: str, folder: Path) -> Repository:
+        """A public model of anybody's with the files of a folder."""
+        repo = Repository("models", name, private=False)
+        large = tuple(f".{suffix}" for suffix in LFS_SUFFIXES.split())
+        tree = {file.name: Blob(file.read_bytes(), file.name.endswith(large)) for file in folder.iterdir()}
+        repo.objects = {blob.sha256: blob.content for blob in tree.values() if blob.lfs}
+        repo.commit("main", "Add files", "", tree)
+        self.repos["models", name] = repo
+        return repo
+
     def environment(self, home: Path, token: str | None = token) -> dict[str, str]:
         """The environment of a process for which this is the Hub, and `home` the place of caches and logins."""
         ours = re.compile("HF_|HUGGING|TRANSFORMERS_|.*_PROXY$", re.IGNORECASE)

@@ -1,11 +1,15 @@
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
+import yaml
 from transformers import TrainingArguments
 
-from hf_mmclf import PRESETS, MMClfTrainingArguments, ModelArguments, parse_arguments
+from hf_mmclf import PRESETS, AugmentationArguments, MMClfTrainingArguments, ModelArguments, parse_arguments
 from hf_mmclf.arguments import CLASSES, COMMON, machine_defaults
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 
 
 @pytest.fixture
@@ -49,6 +53,20 @@ def test_each_source_wins_over_those_before_it(text, flags, expected, write_yaml
         monkeypatch.setattr("hf_mmclf.presets.PRESETS", bare)
     config = ["--config", write_yaml(text)] if text else []
     assert value_of("learning_rate", parse_arguments([*flags, *config])) == expected
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_files_of_settings_hold(file):
+    arguments = parse_arguments(["--config", str(file)])
+    for name, value in yaml.safe_load(file.read_text(encoding="utf-8")).items():
+        found = value_of(name, arguments)
+        assert found == (float(value) if isinstance(found, float) else value), name
+
+
+def test_the_competitions_file_says_all_that_the_preset_would():
+    said = yaml.safe_load((CONFIGS / "competition.yaml").read_text(encoding="utf-8"))
+    assert set(PRESETS[said["preset"]].recipe) <= set(said)
+    assert {field.name for field in dataclasses.fields(AugmentationArguments)} <= set(said)
 
 
 @pytest.mark.parametrize(

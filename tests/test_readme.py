@@ -37,7 +37,8 @@ def test_every_flag_it_names_exists(capsys):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         known += capsys.readouterr().out
-    known += Path(onnx_predict.__file__).read_text(encoding="utf-8")
+    scripts = Path(onnx_predict.__file__), *(ROOT / "examples").glob("*.py")
+    known += "".join(script.read_text(encoding="utf-8") for script in scripts)
     launcher = {option for action in launch_command_parser()._actions for option in action.option_strings}
     assert not [flag for flag in re.findall(r"--[a-z_0-9]+", README) if flag not in known and flag not in launcher]
 

@@ -24,6 +24,7 @@ _LAZY = {
     "MultiLabelLoss": "losses",
     "MultiLabelMetric": "metrics",
     "best_threshold": "thresholds",
+    "build_trainer": "training",
     "config_from_preset": "presets",
     "demo_dataset": "demo",
     "explain": "explanation",

@@ -111,8 +111,9 @@ class LabelQueries(nn.Module):
     """One learned query for each label, which attends to the tokens of all modalities: (B, N, D), (B, N) of each in,
     one vector for each label out, (B, L, width).
 
-    Liu et al. 2021, "Query2Label: A Simple Transformer Way to Multi-Label Classification", with the captions' tokens
-    among the memory; the queries see each other, too, so that labels can be weighed against each other.
+    Liu et al. 2021, "Query2Label: A Simple Transformer Way to Multi-Label Classification", with captions among the
+    memory: where there are both, the caption's tokens have looked at the picture's before (as in Li et al. 2021, "Align
+    before Fuse"), so that "the red one" is what is red there by the time that a label asks.
 
     Args:
         config ([`MMClfConfig`]): Number of labels, width, layers, heads, dropout.
@@ -127,14 +128,19 @@ class LabelQueries(nn.Module):
         layer = nn.TransformerDecoderLayer(
             width, config.fusion_heads, 2 * width, config.dropout, "gelu", batch_first=True, norm_first=True
         )
+        self.reader = nn.TransformerDecoder(layer, config.fusion_layers) if len(widths) > 1 else None
         self.decoder = nn.TransformerDecoder(layer, config.fusion_layers, nn.LayerNorm(width))
 
     def forward(self, *modalities: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         memory = [project(tokens) for project, (tokens, _) in zip(self.projections, modalities, strict=True)]
-        memory, mask = torch.cat(memory, 1), torch.cat([mask for _, mask in modalities], 1)
-        mask = mask | ~mask.any(1, keepdim=True)  # attention to nothing would be NaN
+        # attention to nothing would be NaN
+        absent = [~mask & mask.any(1, keepdim=True) for _, mask in modalities]
+        if self.reader is not None:
+            image, text = memory
+            memory[1] = self.reader(text, image, tgt_key_padding_mask=absent[1], memory_key_padding_mask=absent[0])
+        memory = torch.cat(memory, 1)
         queries = self.queries.expand(len(memory), -1, -1)
-        return self.decoder(queries, memory, memory_key_padding_mask=~mask)
+        return self.decoder(queries, memory, memory_key_padding_mask=torch.cat(absent, 1))
 
 
 class LabelClassifier(nn.Module):

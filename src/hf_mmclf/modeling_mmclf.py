@@ -1,6 +1,7 @@
 """The model: two backbones, a fusion and a classifier. Either backbone may be absent."""
 
 import inspect
+import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -225,7 +226,13 @@ class MMClfForImageTextClassification(PreTrainedModel):
             raise FileNotFoundError(f"text weights {weights!r}: no such folder; give one, or 'hub', or None")
         text_class = type(self.text_model)
         # the Hub's config may be older than its model (TinyBERT's has no model_type): ours says what is built
-        donor, info = text_class.from_pretrained(source, config=self.config.text_config, output_loading_info=True)
+        try:
+            donor, info = text_class.from_pretrained(source, config=self.config.text_config, output_loading_info=True)
+        except pickle.UnpicklingError as error:  # of torch's weights-only loader
+            raise OSError(
+                f"text weights {source!r}: its file is not a pickle of tensors alone, and anything else is not read, "
+                "since that could run any code; name a checkpoint in safetensors"
+            ) from error
         wanted = self.text_model.state_dict()
         missing = sorted(set(info["missing_keys"]) & set(wanted))
         if missing:

@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def load_tokenizer(
-    source: str, texts: Iterable[str] = (), vocab_size: int = 8000
+    source: str, texts: Iterable[str] = (), vocab_size: int = 8000, config: PreTrainedConfig | None = None
 ) -> tuple[PreTrainedTokenizerBase, str]:
     r"""
     A tokenizer and a line that says which one it is.
@@ -20,6 +20,9 @@ def load_tokenizer(
             Training captions.
         vocab_size (`int`, *optional*, defaults to 8000):
             Largest vocabulary of a trained tokenizer.
+        config (`PreTrainedConfig`, *optional*):
+            Of the model that a folder or name belongs to. It says what kind of tokenizer that is where there is no
+            more than a `vocab.txt` and a config older than `model_type`, as with TinyBERT and BERT-tiny.
 
     Raises:
         `ValueError`: no captions to train on, or a vocabulary file without BERT's special tokens.
@@ -43,7 +46,7 @@ def load_tokenizer(
         tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
         return tokenizer, f"word pieces of {path.name} ({len(tokenizer):,} tokens)"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config)
     except (OSError, ValueError) as error:
         if not path.is_dir():
             raise

@@ -13,7 +13,9 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import (
     AutoConfig,
+    BertConfig,
     EarlyStoppingCallback,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerState,
@@ -30,6 +32,7 @@ from .evaluation import ComputeMetrics, report, report_table, scores_of
 from .feature_cache import FeatureCache
 from .finished import save_model, whole_folder
 from .image_processing_mmclf import MMClfImageProcessor
+from .labels import LabelSet
 from .losses import MultiLabelLoss
 from .modeling_mmclf import MMClfForImageTextClassification
 from .presets import config_from_preset
@@ -121,11 +124,22 @@ def build_config(args: ModelArguments) -> MMClfConfig:
     if args.text_backbone == "none":
         changes |= {"text_backbone": None, "text_config": None}
     elif args.text_backbone is not None:
-        text_config = AutoConfig.from_pretrained(args.text_backbone).to_dict()
-        changes |= {"text_backbone": Path(args.text_backbone).name, "text_config": text_config}
+        changes |= {"text_backbone": Path(args.text_backbone).name}
+        changes |= {"text_config": _read_text_config(args.text_backbone)}
         if not Path(args.text_backbone).is_dir():
             changes["text_backbone"] = args.text_backbone
     return config_from_preset(args.preset, **changes)
+
+
+def _read_text_config(source: str) -> dict[str, Any]:
+    """The configuration of a text encoder on the Hub or in a folder."""
+    try:
+        return AutoConfig.from_pretrained(source).to_dict()
+    except ValueError:  # no model_type: TinyBERT, BERT-tiny and other BERTs are older than it
+        values, _ = PreTrainedConfig.get_config_dict(source)
+        if "model_type" in values or "type_vocab_size" not in values:
+            raise
+        return BertConfig(**values).to_dict()  # if it is none, its weights will not fit, which is an error
 
 
 def build_model(
@@ -201,9 +215,7 @@ def train(
     if config.has_text:
         with args.main_process_first(local=False, desc="tokenizer"):  # trained once for all processes and machines
             tokenizer, tokenizer_source = _tokenizer(model_args, config, train_rows, Path(args.output_dir), resume)
-    config.id2label = dict(enumerate(prepared.labels.names))
-    config.label2id = {name: i for i, name in config.id2label.items()}
-    config.label_ids = list(prepared.labels.ids)
+    _name_labels(config, prepared.labels)
     missing = _settle_missing(config, {"train": train_rows, **prepared.splits}, say)
     model = build_model(config, model_args, tokenizer)
     if tokenizer is not None:
@@ -290,6 +302,63 @@ def train(
     return output
 
 
+def build_trainer(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    augmentation: AugmentationArguments,
+    args: MMClfTrainingArguments,
+    model_space: Callable[[Any], Mapping[str, Any]] | None = None,
+) -> MMClfTrainer:
+    """
+    A trainer for `hyperparameter_search`: rows and settings are those of [`train`], each trial has a new model.
+
+    It fits no thresholds and writes no finished folder; a tokenizer that is trained goes to `output_dir`.
+
+    Args:
+        model_args, data_args, augmentation, args: As for [`train`].
+        model_space (`Callable`, *optional*):
+            Draws model arguments for a trial, such as `{"dropout": trial.suggest_float("dropout", 0, 0.5)}`, but no
+            backbones, since pictures and captions are made ready for one; training arguments are drawn by the
+            `hp_space` of the search.
+
+    Raises:
+        `ValueError`: `streaming` or `cache_features`, which hold for one run only.
+    """
+    if data_args.streaming or args.cache_features:
+        raise ValueError("a search trains more than once on the same rows: leave out streaming and cache_features")
+    config = build_config(model_args)
+    prepared = prepare_data(data_args, config.has_image, config.has_text)
+    rows = prepared.splits["train"]
+    tokenizer = None
+    if config.has_text:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        tokenizer, _ = _tokenizer(model_args, config, rows, Path(args.output_dir), None)
+
+    def model_init(trial: Any = None) -> MMClfForImageTextClassification:
+        drawn = model_space(trial) if model_space and trial else {}
+        config = build_config(dataclasses.replace(model_args, **drawn))
+        _name_labels(config, prepared.labels)
+        _settle_missing(config, prepared.splits, _be_silent)
+        return build_model(config, model_args, tokenizer)
+
+    model = model_init()  # for what pictures and captions have to be like
+    if tokenizer is not None:
+        tokenizer.model_max_length = min(model_args.max_tokens, model.max_tokens)
+    processor = build_image_processor(model, model_args.image_size) if config.has_image else None
+    return MMClfTrainer(
+        model_init=model_init,
+        args=args,
+        compute_metrics=ComputeMetrics(),
+        train_dataset=rows.with_transform(RowTransform(prepared.folder, *_augmentations(augmentation, processor))),
+        eval_dataset=prepared.splits["validation"].with_transform(
+            RowTransform(prepared.folder, processor and EvaluationImageTransform(processor))
+        ),
+        data_collator=Collator(
+            tokenizer, getattr(tokenizer, "model_max_length", 0), processor and processor.size["longest_edge"]
+        ),
+    )
+
+
 def _check_streaming(args: MMClfTrainingArguments) -> None:
     """Nobody knows how many rows a stream has."""
     if args.max_steps <= 0:
@@ -363,11 +432,19 @@ def _tokenizer(
     saved, note = folder / "tokenizer", folder / "tokenizer.txt"
     if source == "train" and note.exists():  # by the main process, or by the run that is resumed
         return load_tokenizer(str(saved))[0], note.read_text(encoding="utf-8")
-    tokenizer, description = load_tokenizer(source, filter(None, rows["text"][:]), args.vocab_size)
+    # the backbone's own: what kind it is the configuration knows, even where the repository does not say
+    own = config.text_config if source in (args.text_backbone, config.text_backbone) else None
+    tokenizer, description = load_tokenizer(source, filter(None, rows["text"][:]), args.vocab_size, own)
     if source == "train":
         tokenizer.save_pretrained(saved)
         note.write_text(description, encoding="utf-8")
     return tokenizer, description
+
+
+def _name_labels(config: MMClfConfig, labels: LabelSet) -> None:
+    config.id2label = dict(enumerate(labels.names))
+    config.label2id = {name: i for i, name in config.id2label.items()}
+    config.label_ids = list(labels.ids)
 
 
 def _settle_missing(config: MMClfConfig, splits: Mapping[str, Dataset], say: Any) -> dict[str, dict[str, int]]:

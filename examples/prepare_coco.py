@@ -1,0 +1,143 @@
+"""Make a data set like the competition's from COCO: pictures, one caption each, any of 18 labels.
+
+    python examples/prepare_coco.py annotations train2017 --rows 30000 --output coco
+    hf-mmclf train --data coco/train.csv --image_dir train2017 --label_names_file coco/labels.json
+
+`annotations` (in annotations_trainval2017.zip) and `train2017` (train2017.zip) are those of
+https://cocodataset.org/#download, unpacked; nothing is downloaded here. A picture's labels are the categories 1 to 19
+(there is no 12) of the objects in it, crowds too. Pictures with none of them, or without a caption, are left out.
+"""
+
+import argparse
+import csv
+import json
+import random
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+CATEGORIES = [number for number in range(1, 20) if number != 12]
+# of COCO's keys; left out are above all the outlines, which would take three times the memory
+KEYS = {"images", "annotations", "categories", "id", "name", "file_name", "image_id", "category_id", "caption"}
+
+
+def read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """COCO's lists `images`, `annotations` and, of objects, `categories`, with what is needed of each entry."""
+
+    def needed(entry: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in entry.items() if key in KEYS}
+
+    print(f"Reading {path} ({path.stat().st_size / 2**20:,.0f} MB in one piece, which takes its time)", flush=True)
+    with path.open(encoding="utf-8") as file:
+        try:
+            content = json.load(file, object_hook=needed)
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON: {error}; is the download whole?") from None
+    if not isinstance(content, dict) or not {"images", "annotations"} <= set(content):
+        raise ValueError(f"{path}: expected COCO's object with the lists images and annotations")
+    return content
+
+
+def build_rows(objects: dict[str, Any], captions: dict[str, Any], seed: int | None = None) -> list[dict[str, str]]:
+    """
+    The rows of all pictures with a caption and at least one of `CATEGORIES`, in the order of COCO's numbers.
+
+    Args:
+        objects, captions (`dict`): See [`read_annotations`].
+        seed (`int`, *optional*): Draws one of a picture's captions; `None` takes the first that was written.
+    """
+    labels, texts = defaultdict(set), defaultdict(list)
+    for annotation in tqdm(objects["annotations"], "objects", unit_scale=True):
+        if annotation["category_id"] in CATEGORIES:
+            labels[annotation["image_id"]].add(annotation["category_id"])
+    for annotation in tqdm(captions["annotations"], "captions", unit_scale=True):
+        if caption := " ".join(annotation["caption"].split()):  # some end in a line break
+            texts[annotation["image_id"]].append((annotation["id"], caption))
+    rows = []
+    for image in sorted(objects["images"], key=lambda image: image["id"]):
+        number = image["id"]
+        if number in labels and number in texts:
+            written = [caption for _, caption in sorted(texts[number])]
+            # a generator for each picture: its caption does not depend on the others
+            caption = written[0] if seed is None else random.Random(f"{seed} {number}").choice(written)
+            rows.append(
+                {
+                    "ImageID": image["file_name"],
+                    "Labels": " ".join(map(str, sorted(labels[number]))),
+                    "Caption": caption,
+                }
+            )
+    return rows
+
+
+def check_pictures(rows: Sequence[dict[str, str]], folder: Path) -> None:
+    """Raises `FileNotFoundError` with the number of pictures that are not there, and the first of them."""
+    missing = [row["ImageID"] for row in tqdm(rows, "pictures") if not (folder / row["ImageID"]).is_file()]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise FileNotFoundError(
+            f"{len(missing):,} of {len(rows):,} pictures are not in {folder} ({shown}); unpack the zip file of this "
+            "split, or name another folder"
+        )
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Reads, samples, checks and writes; the output folder is there whole or not at all."""
+    if args.output.exists():
+        raise FileExistsError(f"{args.output} is there already; give another --output")
+    objects = read_annotations(args.annotations / f"instances_{args.split}.json")
+    names = {entry["id"]: entry["name"] for entry in objects.get("categories", ())}
+    if lacking := [number for number in CATEGORIES if number not in names]:
+        raise ValueError(f"instances_{args.split}.json: no names of the categories {lacking}; is it COCO's?")
+    captions = read_annotations(args.annotations / f"captions_{args.split}.json")
+    rows = build_rows(objects, captions, args.seed if args.random_caption else None)
+    print(f"{len(rows):,} of {len(objects['images']):,} pictures have a caption and some of the 18 labels")
+    if args.rows is not None:
+        if not 0 < args.rows <= len(rows):
+            raise ValueError(f"--rows is {args.rows:,}; expected 1 to {len(rows):,}")
+        chosen = sorted(random.Random(args.seed).sample(range(len(rows)), args.rows))
+        rows = [rows[index] for index in chosen]
+    check_pictures(rows, args.images)
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output.parent) as scratch:
+        stage = Path(scratch, "coco")
+        stage.mkdir()
+        with (stage / "train.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        labels = {number: names[number] for number in CATEGORIES}
+        (stage / "labels.json").write_text(json.dumps(labels, indent=2) + "\n", encoding="utf-8")
+        stage.rename(args.output)
+    print(f"{len(rows):,} rows: {args.output / 'train.csv'}\nTrain on them with:")
+    print(
+        f"  hf-mmclf train --data {args.output / 'train.csv'} --image_dir {args.images} "
+        f"--label_names_file {args.output / 'labels.json'}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("annotations", type=Path, help="folder with instances_SPLIT.json and captions_SPLIT.json")
+    parser.add_argument("images", type=Path, help="folder with the pictures, which stay where they are")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make for train.csv and labels.json")
+    parser.add_argument("--split", default="train2017", help="of COCO: train2017 or val2017 (default: %(default)s)")
+    parser.add_argument("--rows", type=int, help="so many pictures, drawn by chance (default: all)")
+    parser.add_argument("--random_caption", action="store_true", help="any of a picture's captions, not the first")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        prepare(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
