@@ -269,35 +269,40 @@ def test_all_absent_equals_not_given(kind, learned, tiny_model, tiny_batch):
     assert not torch.allclose(both, no_image, atol=1e-3) and not torch.allclose(both, no_text, atol=1e-3)
 
 
-def test_label_queries_against_loops(tiny_model, tiny_batch):
-    """Each label's query attends to its tokens with weights of its own, and is judged by a classifier of its own."""
-    model = scramble(tiny_model(fusion="label_queries", image_tokens="spatial"))
-    batch = tiny_batch()
-    image, text = (
-        model.image_features(batch["pixel_values"]),
-        model.text_features(batch["input_ids"], batch["attention_mask"]),
-    )
-    layer, found = model.fusion.decoder.layers[0], logits(model, batch)
+def attend(attention, x, tokens):
+    """Attention of four heads, as its definition says."""
+    weights = [part.chunk(3) for part in (attention.in_proj_weight, attention.in_proj_bias)]
+    q, k, v = (y @ w.T + b for y, w, b in zip((x, tokens, tokens), *weights, strict=True))
+    heads = [
+        torch.softmax(a @ b.T / math.sqrt(a.shape[1]), -1) @ c
+        for a, b, c in zip(q.chunk(4, 1), k.chunk(4, 1), v.chunk(4, 1), strict=True)
+    ]
+    return attention.out_proj(torch.cat(heads, 1))
+
+
+def decode(layer, x, memory):
+    x = x + attend(layer.self_attn, layer.norm1(x), layer.norm1(x))
+    x = x + attend(layer.multihead_attn, layer.norm2(x), memory)
+    return x + layer.linear2(F.gelu(layer.linear1(layer.norm3(x))))
+
+
+@pytest.mark.parametrize("kind", ["both", "text"])
+def test_label_queries_row_by_row(kind, tiny_model, tiny_batch):
+    """Captions read pictures, labels ask both; no padding is seen, and each label has a classifier of its own."""
+    model = scramble(tiny_model(kind, fusion="label_queries", image_tokens="spatial"))
+    batch = tiny_batch(kind)
+    tokens = [model.text_features(batch["input_ids"], batch["attention_mask"])]
+    if kind == "both":
+        tokens.insert(0, model.image_features(batch["pixel_values"]))
+    found = logits(model, batch)
     for row in range(3):
-        projected = [
-            project(x[0][row][x[1][row]]) for project, x in zip(model.fusion.projections, (image, text), strict=True)
-        ]
-        memory, queries = torch.cat(projected), model.fusion.queries
-
-        def attend(attention, x, tokens):
-            weights = [part.chunk(3) for part in (attention.in_proj_weight, attention.in_proj_bias)]
-            q, k, v = (y @ w.T + b for y, w, b in zip((x, tokens, tokens), *weights, strict=True))
-            heads = [
-                torch.softmax(a @ b.T / math.sqrt(a.shape[1]), -1) @ c
-                for a, b, c in zip(q.chunk(4, 1), k.chunk(4, 1), v.chunk(4, 1), strict=True)
-            ]
-            return attention.out_proj(torch.cat(heads, 1))
-
-        x = queries + attend(layer.self_attn, layer.norm1(queries), layer.norm1(queries))
-        x = x + attend(layer.multihead_attn, layer.norm2(x), memory)
-        x = x + layer.linear2(F.gelu(layer.linear1(layer.norm3(x))))
-        x = model.fusion.decoder.norm(x)
-        expected = [x[i] @ model.classifier.weight[i] + model.classifier.bias[i] for i in range(3)]
+        projections = zip(model.fusion.projections, tokens, strict=True)
+        memory = [project(features[row][mask[row]]) for project, (features, mask) in projections]
+        if kind == "both":
+            memory[1] = decode(model.fusion.reader.layers[0], memory[1], memory[0])
+        vectors = decode(model.fusion.decoder.layers[0], model.fusion.queries, torch.cat(memory))
+        vectors = model.fusion.decoder.norm(vectors)
+        expected = [vectors[i] @ model.classifier.weight[i] + model.classifier.bias[i] for i in range(3)]
         torch.testing.assert_close(found[row], torch.stack(expected), atol=1e-5, rtol=1e-4)
 
 
