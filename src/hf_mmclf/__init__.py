@@ -23,6 +23,7 @@ _LAZY = {
     "MMClfTrainingArguments": "arguments",
     "MultiLabelMetric": "metrics",
     "best_threshold": "metrics",
+    "compare": "comparison",
     "config_from_preset": "presets",
     "demo_dataset": "demo",
     "explain": "explanation",

@@ -21,12 +21,13 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from .ablation import ablation_figures
 from .arguments import AugmentationArguments, MMClfTrainingArguments, ModelArguments
 from .augmentation import ImageAugmentation, TextAugmentation
 from .batches import Collator, EvaluationImageTransform, RowTransform
 from .configuration_mmclf import MMClfConfig
 from .data import DataArguments, picture_paths, prepare_data
-from .evaluation import ComputeMetrics, report, report_table, scores_of
+from .evaluation import ComputeMetrics, report, report_text, scores_of
 from .feature_cache import FeatureCache
 from .finished import save_model, whole_folder
 from .image_processing_mmclf import MMClfImageProcessor
@@ -249,7 +250,16 @@ def train(
         speed = {"split": name, "rows_per_second": result.metrics.get(f"{name}_samples_per_second")}
         if name == "validation":  # test labels never choose anything
             _fit_thresholds(config, scores, result.label_ids, args.label_thresholds)
-        reports[name] = report(scores, result.label_ids, config)
+        reports[name] = report(scores, result.label_ids, config, rows["text"][:] if config.has_text else None)
+    if args.ablations and reports and config.has_image and config.has_text:
+        name, (_, references) = list(outcomes.items())[-1]
+        rows = prepared.splits[name]
+        reports[name]["ablations"] = ablation_figures(
+            lambda change: scores_of(trainer.predict(rows.with_transform(change(evaluation))).predictions),
+            rows,
+            references,
+            config,
+        )
     if main:
         record = run_record((model_args, data_args, augmentation, args), trainer, prepared)
         record |= {"tokenizer": tokenizer_source, "missing": missing, "resumed": resume is not None}
@@ -260,7 +270,7 @@ def train(
             write_records(stage, config, prepared, reports, outcomes, record, args.save_predictions)
         if not args.keep_checkpoints:
             _remove_traces(Path(args.output_dir))
-        print(f"\n{report_table(reports)}\n\nThreshold: {config.threshold:.4f}, fitted on the validation rows")
+        print(f"\n{report_text(reports)}\n\nThreshold: {config.threshold:.4f}, fitted on the validation rows")
         print(f"Output folder: {output}\nLoad it with:")
         print(f'  import hf_mmclf; from transformers import AutoModel; model = AutoModel.from_pretrained("{output}")')
     trainer.accelerator.wait_for_everyone()
