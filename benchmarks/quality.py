@@ -120,11 +120,18 @@ def captions(options: argparse.Namespace) -> list[dict]:
     for name, results in runs.items():
         cuts = [best_threshold(*run["validation"]) for run in results]
         own = [label_thresholds(*run["validation"]) for run in results]
-        line = {"model": name, "micro-F1": spread([micro(run["test"], cut) for run, cut in zip(results, cuts)])}
+        line = {
+            "model": name,
+            "micro-F1": spread([micro(run["test"], cut) for run, cut in zip(results, cuts, strict=True)]),
+        }
         line["macro-F1 at 0.5"] = spread([macro(run["test"], 0.5) for run in results])
-        line["macro-F1, one threshold"] = spread([macro(run["test"], cut) for run, cut in zip(results, cuts)])
-        line["macro-F1, by label"] = spread([macro(run["test"], cut) for run, cut in zip(results, own)])
-        line["gain by label"] = spread([macro(r["test"], cut) - macro(r["test"], 0.5) for r, cut in zip(results, own)])
+        line["macro-F1, one threshold"] = spread(
+            [macro(run["test"], cut) for run, cut in zip(results, cuts, strict=True)]
+        )
+        line["macro-F1, by label"] = spread([macro(run["test"], cut) for run, cut in zip(results, own, strict=True)])
+        line["gain by label"] = spread(
+            [macro(r["test"], cut) - macro(r["test"], 0.5) for r, cut in zip(results, own, strict=True)]
+        )
         line["MB"] = results[0]["megabytes"]
         lines.append(line | {"minutes": statistics.mean(run["minutes"] for run in results)})
     return lines
@@ -148,7 +155,7 @@ def fusion(options: argparse.Namespace) -> list[dict]:
         changes = (without("text"), without("image")) if both else ()
         runs = [trained([*flags.split(), "--seed", str(seed)], data, changes) for seed in range(options.seeds)]
         cuts = [run["config"].threshold for run in runs]
-        values = [micro(run["test"], cut) for run, cut in zip(runs, cuts)]
+        values = [micro(run["test"], cut) for run, cut in zip(runs, cuts, strict=True)]
         read = next((modality for modality, preset in ALONE.items() if preset == name), "both")
         line = {"model": name, "micro-F1": spread(values), "possible": ceiling(test, read)}
         if not both:
@@ -157,7 +164,7 @@ def fusion(options: argparse.Namespace) -> list[dict]:
         gap = (statistics.mean(values) - better) / (ceiling(test) - better)
         line["of the gap"] = f"{gap:.0%}" if both else None
         for index, modality in enumerate(ALONE):
-            only = [micro(run["changed"][index], cut) for run, cut in zip(runs, cuts)] if both else None
+            only = [micro(run["changed"][index], cut) for run, cut in zip(runs, cuts, strict=True)] if both else None
             line[f"{modality} only"] = spread(only) if only else None
             line[f"against {ALONE[modality]}"] = statistics.mean(only) - alone[modality] if only else None
         line["MB"] = runs[0]["megabytes"]

@@ -53,12 +53,13 @@ from hf_mmclf import FinishedModel, MMClfProcessor, MMClfTrainer, demo_dataset, 
 from hf_mmclf.arguments import machine_defaults
 from hf_mmclf.augmentation import ImageAugmentation, TextAugmentation
 from hf_mmclf.batches import Collator, EvaluationImageTransform, RowTransform
+from hf_mmclf.building import build_config, build_image_processor, build_model
 from hf_mmclf.data import DataArguments, prepare_data
 from hf_mmclf.feature_cache import FeatureCache
 from hf_mmclf.metrics import metrics_table
 from hf_mmclf.sources import read_table
 from hf_mmclf.tokenization import load_tokenizer
-from hf_mmclf.training import build_config, build_image_processor, build_model, parameter_groups
+from hf_mmclf.trainer import parameter_groups
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 BATCH = 16

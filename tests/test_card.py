@@ -16,7 +16,8 @@ from PIL import Image
 from tiny_folder import write_folder
 
 from hf_mmclf import parse_arguments, train
-from hf_mmclf.card import FIGURE_NAMES, PLACEHOLDER, escape, markdown_table, render_card, write_card
+from hf_mmclf.card import PLACEHOLDER, render_card, write_card
+from hf_mmclf.card_tables import FIGURE_NAMES
 from hf_mmclf.plots import PLOTS
 
 ROOT = Path(__file__).parents[1]
@@ -98,20 +99,26 @@ def test_every_figure_is_an_evaluation_result_and_survives_a_round_trip(trained)
         for at, suffix in (("at_0.5", ", at 0.5"), ("fitted", ", at the fitted threshold")):
             assert set(metrics[split][at]) == set(FIGURE_NAMES)
             for figure, value in metrics[split][at].items():
-                name = FIGURE_NAMES[figure] + ("" if figure == "map" else suffix)  # of which it does not depend
+                name = FIGURE_NAMES[figure] + ("" if figure in ("map", "ece") else suffix)  # they do not depend on it
                 expected[split, name] = figure, round(value, 4)
     assert found == expected
 
 
 def test_tables_hold_the_figures_of_the_test_rows(trained):
     metrics = json.loads((trained() / "metrics.json").read_text())
-    averages, labels, recipe = tables(render_card(trained()).text)
+    averages, labels, _, _, recipe = tables(render_card(trained()).text)
     assert averages[0][1:] == [
         f"{s}, {at}" for s in ("validation", "test") for at in ("at 0.5", "at the fitted threshold")
     ]
-    assert averages[1][1:] == [
-        f"{metrics[s][at]['f1']:.3f}" for s in ("validation", "test") for at in ("at_0.5", "fitted")
-    ]
+    cells = dict(zip(averages[0], zip(*averages[1:], strict=True), strict=True))
+    for split in ("validation", "test"):
+        fitted, intervals = metrics[split]["fitted"], metrics[split]["intervals"]
+        assert cells[f"{split}, at 0.5"] == tuple(f"{metrics[split]['at_0.5'][name]:.3f}" for name in FIGURE_NAMES)
+        assert cells[f"{split}, at the fitted threshold"] == tuple(
+            f"{fitted[name]:.3f}" + (" ({:.3f}–{:.3f})".format(*intervals[name]) if name in intervals else "")
+            for name in FIGURE_NAMES
+        )
+        assert set(intervals) == {"f1", "f1_macro", "f1_samples"}
     assert len(averages) == 1 + len(FIGURE_NAMES)
     for cells, row in zip(labels[1:], metrics["test"]["per_label"], strict=True):
         precision = "–" if row["average_precision"] is None else f"{row['average_precision']:.3f}"
@@ -122,6 +129,55 @@ def test_tables_hold_the_figures_of_the_test_rows(trained):
     assert re.search(r"CPU threads?, \w+, \d+\.\d minutes$", recipe["machine"])
     assert recipe["learning rate"] == "0.002, of the backbones 0.002" and recipe["preset"] == "`demo`"
     assert "mirrored with probability 0.5" in recipe["augmentation"] and "transformers 5" in recipe["software"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_rows_and_modalities_of_the_test_rows_are_shown(kind, trained):
+    report = json.loads((trained(kind) / "metrics.json").read_text())["test"]
+    _, _, groups, *ablations, _ = tables(render_card(trained(kind)).text)
+    titles = {"labels": report["by_label_count"]}
+    if kind != "image":
+        titles["words of the caption"] = report["by_caption_length"]
+    expected = [
+        [
+            f"{title}: {group['group']}",
+            str(group["rows"]),
+            "–" if group["f1"] is None else f"{group['f1']:.3f}",
+            f"{group['f1_samples']:.3f}",
+        ]
+        for title, found in titles.items()
+        for group in found
+    ]
+    assert groups == [["rows with", "rows", "F1, micro", "F1, samples"], *expected]
+    assert ("ablations" in report) == bool(ablations) == (kind == "both")
+    if ablations:
+        names = ["pictures only", "captions only", "shuffled captions"]
+        rows = dict(zip(names, report["ablations"].values(), strict=True))
+        expected = [[name, f"{row['f1']:.3f}", f"{row['f1_macro']:.3f}"] for name, row in rows.items()]
+        assert ablations[0][2:] == expected and ablations[0][1][0] == "as they are"
+
+
+def test_warnings_are_among_the_limits(edited):
+    def change(metrics):
+        metrics["test"]["warnings"] = ["Never predicted, though rows have them: a_b (3)."]
+
+    assert "- On the test rows: Never predicted, though rows have them: a\\_b (3).\n" in limits(
+        render_card(edited(metrics=change))
+    )
+
+
+def test_records_of_older_versions_still_make_a_card(edited):
+    def change(metrics):
+        for report in (metrics["validation"], metrics["test"]):
+            for name in ("intervals", "by_label_count", "by_caption_length", "ablations", "warnings"):
+                report.pop(name, None)
+            for at in ("at_0.5", "fitted"):
+                del report[at]["ece"]
+
+    card = render_card(edited(metrics=change))
+    averages, _, _ = tables(card.text)
+    assert len(averages) == len(FIGURE_NAMES) and "95%" not in card.text and "calibration" not in card.text
+    assert "so such rows are untested" in limits(card) and not GAPS.search(card.text) and "\n\n\n" not in card.text
 
 
 def test_minutes_of_the_last_part_are_not_those_of_a_run_that_was_resumed(edited):
@@ -201,7 +257,8 @@ def test_limits_are_those_of_the_figures(edited):
     assert re.search(rf"Fewer than 10 of the \d+ test rows have {names[1]}:", said)
     assert f"F1 is below 0.5 for {names[2]}." in said
     assert f"{names[3]} is on {40 / 6:.1%}" in said and f"{names[0]} on 0.0%" in said
-    assert "all training rows had both" in said and "It is no use on others" in said
+    assert "all training rows had both; what it gives is in the table above" in said
+    assert "It is no use on others" in said
 
 
 def test_rows_without_a_picture_and_pictures_that_cannot_be_read_are_told(edited):
@@ -293,19 +350,12 @@ def test_card_of_figures_without_the_story_of_the_training(edited):
     (folder / "training.json").unlink()
     card = render_card(folder)
     assert {result.dataset_name for result in card.data.eval_results} == {"unnamed rows"}
-    assert len(tables(card.text)) == 2 and "lipton2014" in card.text and not GAPS.search(card.text)
+    assert len(tables(card.text)) == 4 and "lipton2014" in card.text and not GAPS.search(card.text)
 
 
 def test_no_card_without_a_configuration(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json"):
         render_card(tmp_path)
-
-
-def test_markdown_table():
-    rows = [{"name": "a", "n": 1234, "x": 0.12345}, {"name": escape("b|c"), "n": None, "x": 1.0}]
-    assert markdown_table(rows) == (
-        "| name | n | x |\n| --- | ---: | ---: |\n| a | 1,234 | 0.123 |\n| b\\|c | – | 1.000 |"
-    )
 
 
 def test_card_of_the_systems_is_that_of_the_presets():

@@ -12,9 +12,10 @@ from PIL import Image
 from test_training import TWO_PROCESSES
 from tiny_folder import CAPTIONS, LABELS, NAMES, write_folder, write_table
 
-from hf_mmclf import PRESETS, DataArguments, FinishedModel, hub
+from hf_mmclf import PRESETS, DataArguments, FinishedModel, compare, hub
 from hf_mmclf.cli import main
-from hf_mmclf.evaluation import prediction_lines, report, report_table
+from hf_mmclf.comparison import comparison_text
+from hf_mmclf.evaluation import prediction_lines, report, report_text
 
 SCRIPT = Path(sys.executable).with_name("hf-mmclf")
 IDS = {"1": "person", "3": "traffic light", "10": "dog"}
@@ -69,26 +70,30 @@ class TestMain:
     def test_usage_names_all_commands(self, argv, capsys):
         main(argv)
         text = capsys.readouterr().out
-        assert all(f"\n  {command} " in text for command in ("train", "evaluate", "predict", "presets"))
+        assert all(f"\n  {command} " in text for command in ("train", "evaluate", "compare", "predict", "presets"))
 
     def test_version(self, capsys):
         main(["--version"])
         assert capsys.readouterr().out == f"hf-mmclf {version('hf_mmclf')}\n"
 
     def test_unknown_command(self):
-        with pytest.raises(SystemExit, match="unknown command 'trian'; expected one of train, evaluate, predict"):
+        with pytest.raises(SystemExit, match="unknown command 'trian'; expected one of train, evaluate, compare"):
             main(["trian"])
 
-    @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "presets"])
+    @pytest.mark.parametrize("command", ["train", "evaluate", "compare", "predict", "presets"])
     def test_help_of_each_command(self, command, capsys):
         with pytest.raises(SystemExit) as caught:
             main([command, "--help"])
         text = capsys.readouterr().out
         assert caught.value.code == 0 and text.startswith(f"usage: hf-mmclf {command}")
         assert "--validation_fraction" not in text or command == "train"
-        if command in ("evaluate", "predict"):
-            words = " ".join(text.split())
-            assert "hf-mmclf " + command + " FOLDER" in words and "--image_dir" in words and "--image-dir" not in words
+        if command in ("evaluate", "compare", "predict"):
+            words, folders = " ".join(text.split()), "A B" if command == "compare" else "FOLDER"
+            assert (
+                f"hf-mmclf {command} {folders} [--argument" in words
+                and "--image_dir" in words
+                and "--image-dir" not in words
+            )
             assert words.count("metrics.json") == (1 if command == "evaluate" else 0)
 
     @pytest.mark.parametrize(
@@ -104,6 +109,9 @@ class TestMain:
             (["evaluate", "none", "--output", "table.csv"], "table.csv: expected a name that ends in .json"),
             (["evaluate", "none", "--split", "val"], "invalid choice: 'val'"),
             (["evaluate", "none", "--texts", "a dog"], "unknown argument '--texts'; did you mean '--text"),
+            (["compare", "none"], "the following arguments are required: b"),
+            (["compare", "none", "."], "none: no finished model here (no config.json)"),
+            (["compare", "none", ".", "--output", "c.csv"], "c.csv: expected a name that ends in .json"),
             (["predict", "none", "--batchsize", "3"], "unknown argument '--batchsize'; did you mean '--batch_size'?"),
             (["predict", "none", "--texts", "a dog"], "none: no finished model here (no config.json)"),
             (["predict", "none"], "expected either --data (a table) or --images and --texts"),
@@ -141,11 +149,18 @@ class TestEvaluate:
     def test_prints_the_table_and_writes_all_figures(self, folders, table, here, capsys):
         main(["evaluate", folders["both"], "--data", str(table), "--output", "new/metrics.json"])
         out = capsys.readouterr().out
-        _, scores, config = scores_of(folders["both"], table)
-        expected = {"train": report(scores, references_of(range(5)), config)}
+        finished = FinishedModel.load(folders["both"])
+        rows, scores, config = scores_of(folders["both"], table)
+        expected = {"train": report(scores, references_of(range(5)), config, CAPTIONS)}
+        expected["train"]["ablations"] = finished.evaluate(rows, here)["ablations"]
         written = json.loads((here / "new" / "metrics.json").read_text())
         assert written == json.loads(json.dumps(expected))
-        assert report_table(expected) in out and out.endswith("All figures: new/metrics.json\n")
+        assert report_text(expected) in out and out.endswith("All figures: new/metrics.json\n")
+
+    def test_ablations_can_be_left_out(self, folders, table, here, capsys):
+        main(["evaluate", folders["both"], "--data", str(table), "--no_ablations"])
+        assert "ablations" not in json.loads((here / "metrics.json").read_text())["train"]
+        assert "pictures only" not in capsys.readouterr().out
 
     def test_writes_metrics_json_here_but_never_over_the_training_runs(self, table, here, monkeypatch, capsys):
         folder = write_folder(here / "model", "text")
@@ -165,7 +180,8 @@ class TestEvaluate:
         figures = json.loads((here / "metrics.json").read_text())
         _, scores, config = scores_of(folder, table, rows)
         assert list(figures) == [name]
-        assert figures[name] == json.loads(json.dumps(report(scores, references_of(rows), config)))
+        texts = [CAPTIONS[row] for row in rows]
+        assert figures[name] == json.loads(json.dumps(report(scores, references_of(rows), config, texts)))
 
     def test_unlabelled_rows(self, folders, here, capsys):
         table = write_table(here, "test.csv", labelled=False)
@@ -176,6 +192,26 @@ class TestEvaluate:
         table.write_text(table.read_text().replace("3.jpg,3", "3.jpg,3 17"))
         message = error_of(["evaluate", folders["text"], "--data", str(table)], capsys)
         assert "train.csv:5: unknown label '17'" in message
+
+
+class TestCompare:
+    def test_prints_what_the_function_finds_and_writes_all_of_it(self, folders, table, here, capsys):
+        write_folder(here / "text", "text", threshold=0.85)
+        main(["compare", "text", folders["both"], "--data", "train.csv", "--output", "new/c.json"])
+        out = capsys.readouterr().out
+        models = [FinishedModel.load(folder) for folder in ("text", folders["both"])]
+        expected = compare(*models, DataArguments("train.csv"))
+        assert json.loads((here / "new" / "c.json").read_text()) == json.loads(json.dumps(expected))
+        assert out == f"{comparison_text(expected)}\n\nAll figures and rows: new/c.json\n"
+        assert expected["only_one_right"]  # else the table would say nothing
+
+    def test_writes_nothing_unasked_and_tells_bad_pictures(self, folders, table, here, capsys):
+        (here / "1.jpg").write_bytes(b"")
+        before = set(here.iterdir())
+        main(["compare", folders["text"], folders["image"], "--data", "train.csv", "--bad_images", "skip"])
+        said = capsys.readouterr()
+        assert "4 rows of train; 1 that only one of them takes are left out" in said.out
+        assert "Picture left out: train.csv:3: the file is empty\n" in said.err and set(here.iterdir()) == before
 
 
 class TestPredict:
@@ -326,10 +362,11 @@ def test_two_processes_write_what_one_does(folders, table, here):
     runs = [["predict", "--data", "train.csv", "--batch_size", size] for size in ("1", "2", "64")]
     runs.append(["predict", "--images", "3.jpg", "--texts", CAPTIONS[3]])
     runs.append(["evaluate", "--data", "train.csv", "--batch_size", "2"])
+    runs.append(["compare", folders["text"], "--data", "train.csv", "--batch_size", "2"])
 
     def commands(prefix):
         for number, (command, *flags) in enumerate(runs):
-            for suffix in (".json",) if command == "evaluate" else (".csv", ".jsonl"):
+            for suffix in (".csv", ".jsonl") if command == "predict" else (".json",):
                 yield [command, folders["both"], *flags, "--output", f"{prefix}{number}{suffix}"]
 
     Path("several.py").write_text(
@@ -345,6 +382,7 @@ def test_two_processes_write_what_one_does(folders, table, here):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rows of train: two") == 8 and done.stdout.count("All figures: two") == 1
+    assert done.stdout.count("All figures and rows: two") == 1
     for argv in commands("one"):
         main(argv)
         alone, both = (Path(argv[-1].replace("one", name)).read_text() for name in ("one", "two"))
@@ -352,5 +390,10 @@ def test_two_processes_write_what_one_does(folders, table, here):
             for one, two in zip(map(json.loads, alone.splitlines()), map(json.loads, both.splitlines()), strict=True):
                 assert two.pop("scores") == pytest.approx(one.pop("scores"), abs=2e-6)  # written with six digits
                 assert two == one
+        elif argv[0] == "evaluate":  # of whose figures one depends on the last digits of the scores
+            one, two = (json.loads(text)["train"] for text in (alone, both))
+            for at in ("at_0.5", "fitted"):
+                assert two[at].pop("ece") == pytest.approx(one[at].pop("ece"), abs=1e-6)
+            assert two == one
         else:
             assert both == alone

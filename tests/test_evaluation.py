@@ -9,15 +9,18 @@ from transformers import EvalPrediction
 
 from hf_mmclf import MMClfConfig
 from hf_mmclf.arguments import FIGURES
+from hf_mmclf.bootstrap import f1_intervals
 from hf_mmclf.evaluation import (
     ComputeMetrics,
     label_names,
     prediction_lines,
     report,
     report_table,
+    report_text,
     scores_of,
     write_predictions,
 )
+from hf_mmclf.subgroups import by_caption_length, by_label_count
 
 NAMES = {0: "person", 1: "traffic light", 2: "dog"}
 THRESHOLDS = {"global": dict(threshold=0.3), "per label": dict(threshold=0.3, label_thresholds={"dog": 0.7})}
@@ -81,7 +84,11 @@ def test_report_table_has_each_figure_in_its_place(labelled):
     reports = {"validation": report(scores[:25], references[:25], config)}
     reports["test"] = report(scores[25:], references[25:], config)
     header, *lines = report_table(reports).splitlines()
-    columns = ["label", "threshold", *(f"{name} {what}" for name in reports for what in ("rows", "F1 at 0.5", "F1"))]
+    columns = [
+        "label",
+        "threshold",
+        *(f"{name} {what}" for name in reports for what in ("rows", "F1 at 0.5", "F1", "95%")),
+    ]
     assert header.split() == " ".join(columns).split()
 
     def figures(line, title):
@@ -99,7 +106,60 @@ def test_report_table_has_each_figure_in_its_place(labelled):
         expected = ["-"]
         for split in reports.values():
             expected += [str(split["rows"]), f"{split['at_0.5'][key]:.4f}", f"{split['fitted'][key]:.4f}"]
+            if title != "weighted":
+                expected.append("{:.3f}-{:.3f}".format(*split["intervals"][key]))
         assert figures(line, f"= {title} F1") == expected
+
+
+def test_report_says_how_sure_it_is_and_which_rows_are_hard(labelled):
+    scores, references = labelled
+    config, texts = config_of(**THRESHOLDS["per label"]), ["two words", None, "one " * 12, "w"] * 10
+    figures = report(scores, references, config, texts)
+    predicted = scores >= [0.3, 0.3, 0.7]
+    assert figures["intervals"] == f1_intervals(predicted, references)
+    assert figures["by_label_count"] == by_label_count(predicted, references)
+    assert figures["by_caption_length"] == by_caption_length(predicted, references, texts)
+    assert "by_caption_length" not in report(scores, references, config)
+    assert json.loads(json.dumps(figures)) == figures
+
+
+class TestWarnings:
+    def warnings_of(self, scores, references):
+        return report(np.array(scores), np.array(references), config_of(threshold=0.5))["warnings"]
+
+    @pytest.mark.parametrize("empty, said", [(0, False), (2, False), (3, True)])
+    def test_rows_for_which_nothing_is_predicted(self, empty, said):
+        """Two of twenty are put up with; the row without a label does not count."""
+        references = [[1, 1, 1]] * 20 + [[0, 0, 0]]
+        scores = [[0.4] * 3] * empty + [[0.6] * 3] * (20 - empty) + [[0.1] * 3]
+        warning = "Nothing is predicted for 3 of the 20 rows that have a label (15%)."
+        assert self.warnings_of(scores, references) == ([warning] if said else [])
+
+    def test_labels_that_are_never_predicted_but_not_those_that_no_row_has(self):
+        references = [[1, 1, 0], [1, 1, 0], [1, 0, 0]]
+        scores = [[0.6, 0.4, 0.4]] * 3
+        assert self.warnings_of(scores, references) == ["Never predicted, though rows have them: traffic light (2)."]
+
+
+def test_text_of_reports_has_the_rows_of_the_last_split(labelled):
+    scores, references = labelled
+    config = config_of(threshold=0.9)
+    reports = {name: report(scores, references, config, ["a dog"] * 40) for name in ("validation", "test")}
+    text = report_text(reports)
+    assert text.startswith(report_table(reports)) and "\n\nOf the test rows:\n\nrows with" in text
+    for title, key in (("labels: 2", "by_label_count"), ("words of the caption: 1-8", "by_caption_length")):
+        (group,) = [group for group in reports["test"][key] if group["group"] == title.split(": ")[1]]
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{title} ")]
+        expected = [str(group["rows"]), f"{group['f1']:.4f}", f"{group['f1_samples']:.4f}"]
+        assert line.removeprefix(title).split() == expected
+    (warning,) = reports["test"]["warnings"]
+    assert text.endswith(f"\n\nWarning: {warning}") and text.count("Warning") == 1
+    assert "pictures only" not in text
+    reports["test"]["ablations"] = {"image_only": {"f1": 0.125, "f1_macro": 0.25}}
+    lines = report_text(reports).splitlines()
+    fitted = reports["test"]["fitted"]
+    assert f"as they are {fitted['f1']:.4f} {fitted['f1_macro']:.4f}" in [" ".join(line.split()) for line in lines]
+    assert "pictures only 0.1250 0.2500" in [" ".join(line.split()) for line in lines]
 
 
 def test_labels_are_named_in_the_order_of_the_logits(tmp_path):
@@ -124,7 +184,7 @@ def test_compute_metrics_takes_logits_and_fits_the_threshold(labelled):
     assert figures["f1"] == pytest.approx(best) and figures["f1_at_0.5"] < best
     assert f1_score(references, shifted >= figures["threshold"], average="micro") == pytest.approx(best)
     assert figures["map"] == pytest.approx(average_precision_score(references, shifted, average="macro"))
-    assert sorted([*figures, "loss"]) == sorted([*FIGURES, "no_label_rate", "threshold"])
+    assert sorted([*figures, "loss"]) == sorted([*FIGURES, "ece", "no_label_rate", "threshold"])
 
 
 @pytest.mark.parametrize(

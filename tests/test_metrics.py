@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
 
+from hf_mmclf.calibration import expected_calibration_error
 from hf_mmclf.metrics import MultiLabelMetric, metrics_table, per_label_report
 
 
@@ -37,6 +38,7 @@ def test_metrics_are_those_of_scikit_learn(threshold):
         "precision_macro": precision_score(references, predicted, average="macro", zero_division=0),
         "recall_macro": recall_score(references, predicted, average="macro", zero_division=0),
         "map": average_precision_score(references[:, [0, 1, 2, 4]], scores[:, [0, 1, 2, 4]], average="macro"),
+        "ece": expected_calibration_error(scores, references),
         "no_label_rate": (predicted.sum(axis=1) == 0).mean(),
     }
     result = compute(scores, references, threshold=threshold)
@@ -75,6 +77,7 @@ def test_nothing_true_and_nothing_predicted_gives_zeros_and_no_warning(recwarn):
     result = compute(np.full((4, 3), 0.2), np.zeros((4, 3)))
     assert result.pop("no_label_rate") == 1.0
     assert result.pop("f1_samples") == 1.0
+    assert result.pop("ece") == pytest.approx(0.2)
     assert set(result.values()) == {0.0}
     assert not recwarn.list
 

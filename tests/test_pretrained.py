@@ -20,8 +20,8 @@ from PIL import Image
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForPreTraining
 
 from hf_mmclf import FinishedModel, MMClfForImageTextClassification, config_from_preset, parse_arguments
+from hf_mmclf.building import build_config
 from hf_mmclf.tokenization import load_tokenizer
-from hf_mmclf.training import build_config
 
 DENSENET = "timm/densenet121.tv_in1k"
 TINYBERT, BERT_TINY = "huawei-noah/TinyBERT_General_4L_312D", "prajjwal1/bert-tiny"

@@ -33,7 +33,7 @@ def test_every_flag_it_names_exists(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--help_all"])
     known = capsys.readouterr().out
-    for command in ("evaluate", "predict", "push", "export", "cache"):
+    for command in ("evaluate", "compare", "predict", "push", "export", "cache"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         known += capsys.readouterr().out

@@ -168,7 +168,7 @@ SEEN = """
 import json, os, sys
 sys.path[:0] = [sys.argv[1]]
 from hf_mmclf import parse_arguments, train
-from hf_mmclf.training import MMClfTrainer
+from hf_mmclf.trainer import MMClfTrainer
 from hf_mmclf.streaming import StreamCollator
 import torch
 

@@ -4,9 +4,9 @@ from itertools import product
 import numpy as np
 import pytest
 from scipy.special import expit
-from sklearn.metrics import f1_score, fbeta_score, log_loss, precision_score, recall_score
+from sklearn.metrics import f1_score, fbeta_score, precision_score, recall_score
 
-from hf_mmclf.thresholds import best_threshold, fit_temperature, label_thresholds
+from hf_mmclf.thresholds import best_threshold, label_thresholds
 
 
 def draw(rows=200, labels=5, seed=0, digits=None, prevalence=0.3):
@@ -180,9 +180,6 @@ def test_unknown_labels_choose_nothing():
         assert best_threshold(scores, hidden, objective) == best_threshold(changed, hidden, objective)
         first, second = (label_thresholds(x, hidden, 2.0, objective) for x in (scores, changed))
         assert first.tolist() == second.tolist()
-    assert fit_temperature(np.log(scores / (1 - scores)), hidden) == pytest.approx(
-        fit_temperature(np.log(changed / (1 - changed)), hidden)
-    )
 
 
 def test_cross_validation_shrinks_where_it_has_to():
@@ -201,17 +198,6 @@ def test_cross_validation_shrinks_where_it_has_to():
     assert f1_score(references, apart >= chosen, average="macro") > 2 * f1_score(
         references, apart >= best_threshold(apart, references), average="macro", zero_division=0
     )
-
-
-def test_temperature_is_what_the_logits_were_multiplied_by():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(-1, 2, (3000, 4))
-    references = (rng.random(logits.shape) < expit(logits)).astype(int)
-    for factor in (0.3, 1.0, 4.0):
-        assert fit_temperature(factor * logits, references) == pytest.approx(factor, rel=0.05)
-    best = fit_temperature(2 * logits, references)
-    losses = [log_loss(references.ravel(), expit(2 * logits / t).ravel()) for t in (best, 0.9 * best, 1.1 * best)]
-    assert losses[0] == min(losses)
 
 
 def test_bad_requests_are_explained():

@@ -28,6 +28,7 @@ from hf_mmclf import (
 from hf_mmclf.plots import PLOTS
 from hf_mmclf.presets import config_from_preset
 from hf_mmclf.thresholds import best_threshold
+from hf_mmclf.trainer import MMClfTrainer, parameter_groups
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 230)}
@@ -115,7 +116,27 @@ def test_metrics_are_those_of_the_reloaded_folder(finished, table):
         again = evaluate(finished, table, split)
         assert again["rows"] == recorded[split]["rows"] > 0
         for at in ("at_0.5", "fitted"):
+            ece = again[at].pop("ece"), recorded[split][at].pop("ece")
+            assert ece[0] == pytest.approx(ece[1], abs=1e-6)  # of the scores themselves, which batches round
             assert again[at] == pytest.approx(recorded[split][at], abs=1e-9)
+        for name in ("intervals", "by_label_count", "by_caption_length", "warnings"):
+            assert again[name] == recorded[split][name]
+    # the costly part is done for the last split alone
+    assert again["ablations"] == recorded["test"]["ablations"] and "ablations" not in recorded["validation"]
+
+
+def test_ablations_show_which_modality_counts_and_can_be_left_out(finished, table, tmp_path, capsys):
+    """Colours are seen, animals are read: without captions only the former can be right."""
+    figures = json.loads((finished / "metrics.json").read_text())["test"]
+    found = {name: values["f1"] for name, values in figures["ablations"].items()}
+    assert list(found) == ["image_only", "text_only", "shuffled_captions"]
+    assert max(found.values()) < figures["fitted"]["f1"]
+    folder = run(table, tmp_path / "m", "--max_steps", "1", "--no_ablations", "--test_fraction", "0")
+    assert "ablations" not in json.loads((folder / "metrics.json").read_text())["validation"]
+    said = capsys.readouterr().out
+    assert "Of the validation rows:" in said and "pictures only" not in said
+    without_test = run(table, tmp_path / "n", "--max_steps", "1", "--test_fraction", "0")
+    assert "ablations" in json.loads((without_test / "metrics.json").read_text())["validation"]
 
 
 def test_it_learns_and_automodel_loads_it_with_labels_and_thresholds(finished):
@@ -197,7 +218,7 @@ def test_learning_rates_by_part_and_no_decay_on_vectors():
     args = parse_arguments(["--learning_rate", "1e-3", "--backbone_learning_rate", "1e-4", "--weight_decay", "0.1"])[3]
     settings = {
         id(parameter): (group["lr"], group["weight_decay"])
-        for group in training.parameter_groups(model, args)
+        for group in parameter_groups(model, args)
         for parameter in group["params"]
     }
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -268,7 +289,7 @@ def test_training_leaves_out_a_last_row_alone_where_batchnorm_could_not_use_it(p
     args = parse_arguments(["--output_dir", str(tmp_path), "--per_device_train_batch_size", "4", *TINY])[3]
     args.per_device_eval_batch_size = 4
     rows = [{"labels": [0.0, 1.0]}] * 9
-    trainer = training.MMClfTrainer(
+    trainer = MMClfTrainer(
         MMClfForImageTextClassification(config), args, train_dataset=rows, eval_dataset=rows, data_collator=list
     )
     assert len(trainer.get_train_dataloader()) == batches
@@ -326,7 +347,10 @@ def test_two_processes_report_what_one_does(tmp_path):
     for split in ("validation", "test"):
         alone = evaluate(tmp_path / "m", table, split)
         assert alone["rows"] == recorded[split]["rows"]
+        assert alone["fitted"].pop("ece") == pytest.approx(recorded[split]["fitted"].pop("ece"), abs=1e-6)
         assert alone["fitted"] == pytest.approx(recorded[split]["fitted"], abs=1e-9)
+        assert alone["intervals"] == recorded[split]["intervals"]
+    assert alone["ablations"] == recorded["test"]["ablations"]
 
 
 @pytest.mark.slow

@@ -115,6 +115,8 @@ class MMClfTrainingArguments(TrainingArguments):
             Licence for the card, as the Hub writes it (`"mit"`, `"cc-by-4.0"`, `"other"`). Defaults to `"mit"` for a
             model that knows nothing but the embedded data set, else to `"unknown"`.
         save_predictions (`bool`, *optional*, defaults to `False`): Write `predictions-validation.csv`, `-test.csv`.
+        ablations (`bool`, *optional*, defaults to `True`):
+            At the end, evaluate the last split without captions, without pictures and with captions of other rows too.
         keep_checkpoints (`bool`, *optional*, defaults to `False`): Keep `checkpoints/` in a finished output folder.
         cache_features (`bool`, *optional*, defaults to `False`):
             Compute what the frozen parts make of training and validation rows once and keep it on disk: see
@@ -161,6 +163,9 @@ class MMClfTrainingArguments(TrainingArguments):
         "Licence for the card, as the Hub writes it: mit, cc-by-4.0, other. Default: unknown; embedded data: mit.",
     )
     save_predictions: bool = _field(False, "Write predictions-validation.csv and predictions-test.csv.")
+    ablations: bool = _field(
+        True, "Report what is left of the F1 without captions, without pictures, and with captions of other rows."
+    )
     keep_checkpoints: bool = _field(False, "Keep checkpoints/ in the finished output folder.")
     cache_features: bool = _field(
         False, "Compute what frozen parts make of the rows once, keep it on disk, and train on that."

@@ -8,7 +8,18 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .card_tables import (
+    AT,
+    FIGURE_NAMES,
+    WITHOUT_THRESHOLD,
+    average_rows,
+    escape,
+    label_rows,
+    markdown_table,
+    threshold_rows,
+)
 from .configuration_mmclf import MMClfConfig
+from .evaluation import ablation_rows, group_rows
 from .plots import PLOTS
 from .presets import PRESETS
 
@@ -17,20 +28,6 @@ EMBEDDED = "the embedded data set"
 PLACEHOLDER = "your-name/your-model"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
-# Names of what metrics.json holds, in the order of the card.
-FIGURE_NAMES = {
-    "f1": "F1, micro",
-    "f1_macro": "F1, macro",
-    "f1_weighted": "F1, weighted",
-    "f1_samples": "F1, samples",
-    "precision": "precision, micro",
-    "precision_macro": "precision, macro",
-    "recall": "recall, micro",
-    "recall_macro": "recall, macro",
-    "map": "mean average precision",
-    "no_label_rate": "share of rows given no label",
-}
-AT = {"at_0.5": "at 0.5", "fitted": "at the fitted threshold"}  # keys of metrics.json
 WEAK_F1, FEW_ROWS, NAMED_LABELS = 0.5, 10, 20
 
 
@@ -65,7 +62,7 @@ def render_card(folder: str | Path) -> ModelCard:
     )
     reports = {split: metrics[split] for split in ("validation", "test") if split in metrics}
     split, reported = list(reports.items())[-1] if reports else (None, None)
-    labels = _label_rows(reported["per_label"]) if reports else _thresholds(config)
+    labels = label_rows(reported["per_label"]) if reports else threshold_rows(config)
     card = ModelCard.from_template(
         _metadata(config, reports, training),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
@@ -78,8 +75,10 @@ def render_card(folder: str | Path) -> ModelCard:
         title=_title(config, training),
         data=escape(" + ".join(training.get("data", []))),
         parts=_parts(config, training),
-        averages=markdown_table(_average_rows(reports)) if reports else None,
+        averages=markdown_table(average_rows(reports)) if reports else None,
         labels=markdown_table(labels),
+        groups=markdown_table(group_rows(reported or {})),
+        ablations=markdown_table(ablation_rows(reported or {})),
         recipe=markdown_table(_recipe_rows(config, training)) if training else None,
         limits=_limits(config, reports, training),
         plots={file: title for file, title in PLOTS.items() if (folder / file).is_file()},
@@ -89,26 +88,6 @@ def render_card(folder: str | Path) -> ModelCard:
     )
     card.text = f"{card.text.rstrip()}\n"
     return card
-
-
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as a Markdown table: numbers to the right, floats to 3 digits, a dash for `None`."""
-
-    def text(value: Any) -> str:
-        if value is None:
-            return "–"
-        return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-    columns = list(rows[0])
-    lines = [columns]
-    lines.append(["---" if any(isinstance(row[name], str) for row in rows) else "---:" for name in columns])
-    lines += [[text(row[name]) for name in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def escape(text: str) -> str:
-    """Text of somebody's own, such as a label's name, as one line of Markdown that shows it as it is."""
-    return re.sub(r"([\\`*_{}\[\]<>|~$&#!])", r"\\\1", " ".join(str(text).split()))
 
 
 def _metadata(config: MMClfConfig, reports: Mapping[str, Any], training: Mapping[str, Any]) -> ModelCardData:
@@ -135,8 +114,8 @@ def _eval_results(task: str, reports: Mapping[str, Any], training: Mapping[str, 
     for split, report in reports.items():
         for at, at_name in AT.items():
             for figure, value in report[at].items():
-                if figure == "map" and at != "fitted":
-                    continue  # it does not depend on the threshold
+                if figure in WITHOUT_THRESHOLD and at != "fitted":
+                    continue
                 yield EvalResult(
                     task_type=task,
                     task_name="Multi-label classification",
@@ -144,49 +123,14 @@ def _eval_results(task: str, reports: Mapping[str, Any], training: Mapping[str, 
                     dataset_name=name,
                     dataset_split=split,
                     metric_type=figure,
-                    metric_name=FIGURE_NAMES.get(figure, figure) + (f", {at_name}" if figure != "map" else ""),
+                    metric_name=FIGURE_NAMES.get(figure, figure)
+                    + ("" if figure in WITHOUT_THRESHOLD else f", {at_name}"),
                     metric_value=round(value, 4),
                 )
 
 
 def _title(config: MMClfConfig, training: Mapping[str, Any]) -> str:
     return training.get("preset", config.model_type)
-
-
-def _average_rows(reports: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "": title,
-            **{
-                f"{split}, {at_name}": report[at][figure]
-                for split, report in reports.items()
-                for at, at_name in AT.items()
-            },
-        }
-        for figure, title in FIGURE_NAMES.items()
-    ]
-
-
-def _label_rows(per_label: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "label": escape(row["label"]),
-            "precision": row["precision"],
-            "recall": row["recall"],
-            "F1": row["f1"],
-            "F1 at 0.5": row["f1_at_0.5"],
-            "average precision": row["average_precision"],
-            "support": row["support"],
-            "threshold": row["threshold"],
-        }
-        for row in per_label
-    ]
-
-
-def _thresholds(config: MMClfConfig) -> list[dict[str, Any]]:
-    names = [config.id2label[i] for i in range(config.num_labels)]
-    pairs = zip(names, config.thresholds, strict=True)
-    return [{"label": escape(name), "threshold": threshold} for name, threshold in pairs]
 
 
 def _given(config: MMClfConfig) -> str:
@@ -360,7 +304,8 @@ def _limits(config: MMClfConfig, reports: Mapping[str, Any], training: Mapping[s
         )
     limits += _limits_of_figures(reports) if reports else ["No figures came with it: measure it on rows of your own."]
     if config.has_image and config.has_text:
-        limits.append(_missing(config, training))
+        ablated = any("ablations" in report for report in reports.values())
+        limits.append(_missing(config, training, ablated))
     if training.get("bad_images"):
         limits.append(f"{len(training['bad_images']):,} pictures could not be read and were not used.")
     if training.get("base_models"):
@@ -388,6 +333,7 @@ def _limits_of_figures(reports: Mapping[str, Any]) -> list[str]:
             "All figures are of the validation rows, on which the threshold was fitted and the checkpoint chosen. "
             "Expect less on new rows."
         )
+    limits += [f"On the {split} rows: {escape(warning)}" for warning in report.get("warnings", ())]
     absent = [row["label"] for row in labels if row["support"] == 0]
     rare = [row["label"] for row in labels if 0 < row["support"] < FEW_ROWS]
     weak = [row["label"] for row in labels if row["support"] and row["f1"] < WEAK_F1]
@@ -407,23 +353,28 @@ def _limits_of_figures(reports: Mapping[str, Any]) -> list[str]:
         f"{figures['f1_macro']:.3f}. What the training rows rarely have is rarely predicted, be it there or not."
     )
     limits.append("One run with one seed: another seed would move all figures a little, those of rare labels more.")
+    if "intervals" in report:
+        limits[-1] += " The intervals do not cover that, only other rows."
     return limits
 
 
-def _missing(config: MMClfConfig, training: Mapping[str, Any]) -> str:
+def _missing(config: MMClfConfig, training: Mapping[str, Any], ablated: bool) -> str:
+    """How much it knows of rows without a picture or caption; `ablated`: the card has figures of such rows."""
     if not training:
         return "It takes rows without a picture or without a caption; whether it has learned to is not recorded."
     counts, total = training["missing"]["train"], training["rows"].get("train")
     if not any(counts.values()):
         vector = "learned vector, which no training row has taught," if config.learned_missing else "zero vector"
+        known = "; what it gives is in the table above" if ablated else ", so such rows are untested"
         return (
             f"It takes rows without a picture or without a caption, a {vector} in its place; but all "
-            f"{'training rows' if total else 'rows at the head of the stream'} had both, so such rows are untested."
+            f"{'training rows' if total else 'rows at the head of the stream'} had both{known}."
         )
+    known = "What that gives is in the table above." if ablated else "Figures of such rows alone were not measured."
     return (
         f"{counts['picture']:,} of the {f'{total:,} training rows' if total else 'first rows'} had no picture, "
         f"{counts['caption']:,} no caption; a {'learned' if config.learned_missing else 'zero'} vector stands in. "
-        "Figures of such rows alone were not measured."
+        + known
     )
 
 

@@ -1,4 +1,4 @@
-"""The command `hf-mmclf`: train, evaluate, predict, push, export, presets, cache."""
+"""The command `hf-mmclf`: train, evaluate, compare, predict, push, export, presets, cache."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .data import DataArguments, PreparedData
+    from .data import DataArguments
 
 USAGE = """usage: hf-mmclf COMMAND [arguments]
 
@@ -23,6 +23,7 @@ Several labels for every picture with a caption.
 
   train      train a model                      hf-mmclf train --data table.csv --image_dir pictures
   evaluate   F1 and more on labelled rows       hf-mmclf evaluate FOLDER --data table.csv
+  compare    which of two models is better      hf-mmclf compare A B --data table.csv
   predict    labels for pictures and captions   hf-mmclf predict FOLDER --images a.jpg --texts "a dog"
   push       a finished model to the Hub        hf-mmclf push FOLDER user/name
   export     a finished model as ONNX           hf-mmclf export FOLDER --onnx
@@ -36,8 +37,8 @@ Several labels for every picture with a caption.
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; errors in what a person gave are one line, not a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "evaluate": _evaluate, "predict": _predict, "push": _push, "export": _export}
-    commands |= {"presets": _presets, "cache": _cache}
+    commands = {"train": _train, "evaluate": _evaluate, "compare": _compare, "predict": _predict, "push": _push}
+    commands |= {"export": _export, "presets": _presets, "cache": _cache}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -62,7 +63,7 @@ def _train(argv: Sequence[str]) -> None:
 
 @dataclasses.dataclass
 class FinishedArguments:
-    """What `evaluate` and `predict` share."""
+    """What `evaluate`, `compare`, `predict` and `export` share."""
 
     split: Literal["train", "validation", "test"] | None = dataclasses.field(
         default=None, metadata={"help": "Which rows: those of the source's split, or of training's if it has none."}
@@ -71,7 +72,11 @@ class FinishedArguments:
 
 
 def _parse_finished(
-    command: str, description: str, argv: Sequence[str], add: Callable[[argparse.ArgumentParser], None]
+    command: str,
+    description: str,
+    argv: Sequence[str],
+    add: Callable[[argparse.ArgumentParser], None],
+    folders: Sequence[str] = ("folder",),
 ) -> tuple[FinishedArguments, Any, argparse.Namespace]:
     from transformers import HfArgumentParser
 
@@ -81,11 +86,12 @@ def _parse_finished(
     parser = HfArgumentParser(
         (FinishedArguments, DataArguments),
         prog=f"hf-mmclf {command}",
-        usage="%(prog)s FOLDER [--argument value ...]",
+        usage=f"%(prog)s {' '.join(map(str.upper, folders))} [--argument value ...]",
         description=description,
         allow_abbrev=False,
     )
-    parser.add_argument("folder", help="Output folder of a training run.")
+    for name in folders:
+        parser.add_argument(name, help="Output folder of a training run.")
     add(parser)
     of_training = ("validation_data", "test_data", "validation_fraction", "test_fraction", "split_seed")
     shorten_help(parser, (*of_training, "label_names_file"))
@@ -97,13 +103,19 @@ def _parse_finished(
 def _evaluate(argv: Sequence[str]) -> None:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--output", default="metrics.json", help="File for the figures.")
+        parser.add_argument(
+            "--no_ablations",
+            action="store_true",
+            help="Leave out what is left without captions, without pictures, and with captions of other rows: three "
+            "more passes over the rows.",
+        )
 
     about = (
         "F1 and more of a finished model on labelled rows, at 0.5 and at the model's own thresholds: on the test rows "
         "if the source has splits or training split it, else on validation rows, else on all."
     )
     options, data, own = _parse_finished("evaluate", about, argv, add)
-    from .evaluation import check_suffix, report_table, whole_file
+    from .evaluation import check_suffix, report_text, whole_file
     from .finished import FinishedModel
 
     check_suffix(own.output, (".json",))
@@ -111,15 +123,43 @@ def _evaluate(argv: Sequence[str]) -> None:
         raise FileExistsError(f"{own.output} holds the figures of the training run; give another --output")
     finished = FinishedModel.load(own.folder)
     prepared = finished.prepare(data)
-    _print_bad_images(prepared, data)
+    _print_bad_images(prepared.bad_images, data)
     name, rows = finished.choose_split(prepared, options.split, held_out=True)
-    figures = finished.evaluate(rows, prepared.folder, options.batch_size)
+    figures = finished.evaluate(rows, prepared.folder, options.batch_size, not own.no_ablations)
     if not _is_main_process():
         return
-    print(report_table({name: figures}))
+    print(report_text({name: figures}))
     with whole_file(own.output) as file:
         json.dump({name: figures}, file, indent=2, ensure_ascii=False)
     print(f"\nAll figures: {own.output}")
+
+
+def _compare(argv: Sequence[str]) -> None:
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--output", help="File for the figures and for all rows that only one has right (.json).")
+
+    about = (
+        "F1 of two finished models on the same labelled rows, each at its own thresholds; of the difference a 95% "
+        "interval by the paired bootstrap, the share of resamples in which B is not better, and a two-sided p value. "
+        "The rows are those that evaluate takes for both."
+    )
+    options, data, own = _parse_finished("compare", about, argv, add, ("a", "b"))
+    from . import FinishedModel, compare
+    from .comparison import comparison_text
+    from .evaluation import check_suffix, whole_file
+
+    if own.output:
+        check_suffix(own.output, (".json",))
+    models = [FinishedModel.load(folder) for folder in (own.a, own.b)]
+    comparison = compare(*models, data, options.split, options.batch_size)
+    _print_bad_images(comparison["bad_images"], data)
+    if not _is_main_process():
+        return
+    print(comparison_text(comparison))
+    if own.output:
+        with whole_file(own.output) as file:
+            json.dump(comparison, file, indent=2, ensure_ascii=False)
+        print(f"\nAll figures and rows: {own.output}")
 
 
 def _predict(argv: Sequence[str]) -> None:
@@ -146,7 +186,7 @@ def _predict(argv: Sequence[str]) -> None:
     sources = {"train": _rows_of(own.images, own.texts, Path(data.image_dir or "."))} if given else None
     finished = FinishedModel.load(own.folder)
     prepared = finished.prepare(data, with_labels=False, sources=sources)
-    _print_bad_images(prepared, data)
+    _print_bad_images(prepared.bad_images, data)
     name, rows = finished.choose_split(prepared, options.split)
     scores = finished.scores(rows, prepared.folder, options.batch_size)
     if not _is_main_process():
@@ -196,7 +236,7 @@ def _export(argv: Sequence[str]) -> None:
     rows, folder = None, None
     if data.data:
         prepared = finished.prepare(data)
-        _print_bad_images(prepared, data)
+        _print_bad_images(prepared.bad_images, data)
         (_, rows), folder = finished.choose_split(prepared, options.split, held_out=True), prepared.folder
     export_onnx(finished, own.output, own.int8, rows, folder)
     print(f"\nOutput folder: {own.output or Path(own.folder, 'onnx')}")
@@ -210,10 +250,10 @@ def _is_main_process() -> bool:
     return PartialState(cpu=not torch.accelerator.is_available()).is_main_process
 
 
-def _print_bad_images(prepared: "PreparedData", args: "DataArguments") -> None:
+def _print_bad_images(bad_images: Sequence[tuple[str, str]], args: "DataArguments") -> None:
     if not _is_main_process():
         return
-    for where, reason in prepared.bad_images:
+    for where, reason in bad_images:
         fate = "left out" if args.bad_images == "skip" else "taken as absent"
         print(f"Picture {fate}: {where}: {reason}", file=sys.stderr)
 

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,8 +12,11 @@ import torch
 from datasets import Dataset
 from transformers import EvalPrediction
 
+from .ablation import ABLATIONS
+from .bootstrap import f1_intervals
 from .configuration_mmclf import MMClfConfig
 from .metrics import MultiLabelMetric, metrics_table, per_label_report
+from .subgroups import by_caption_length, by_label_count
 from .thresholds import best_threshold
 
 
@@ -25,6 +28,11 @@ def scores_of(logits: np.ndarray) -> np.ndarray:
 def label_names(config: MMClfConfig) -> list[str]:
     """Names of the labels in the order of the logits, whatever the order of `id2label`."""
     return [config.id2label[i] for i in range(config.num_labels)]
+
+
+def decisions(scores: np.ndarray, config: MMClfConfig) -> np.ndarray:
+    """Which labels are predicted by the configuration's thresholds: bool, `(rows, labels)` as the scores are."""
+    return scores.astype(np.float64) >= np.array(config.thresholds)
 
 
 # Figures of an evaluation that may choose the best checkpoint: more is better, but for the loss.
@@ -49,18 +57,24 @@ class ComputeMetrics:
         return {**figures, "threshold": threshold, "f1_at_0.5": at_half["f1"]}
 
 
-def report(scores: np.ndarray, references: np.ndarray, config: MMClfConfig) -> dict[str, Any]:
+def report(
+    scores: np.ndarray, references: np.ndarray, config: MMClfConfig, texts: Sequence[str | None] | None = None
+) -> dict[str, Any]:
     """
     All figures of one split, at 0.5 and at the thresholds of the configuration.
 
     Args:
         scores, references (`np.ndarray` of shape `(rows, labels)`): Probabilities, and multi-hot labels.
         config ([`MMClfConfig`]): Labels and thresholds.
+        texts (`Sequence[str | None]`, *optional*): The rows' captions, for figures by their length.
 
     Returns:
-        `dict`: `rows`, `at_0.5` and `fitted` (figures of [`MultiLabelMetric`]), `per_label` (with `f1_at_0.5`).
+        `dict`: `rows`, `at_0.5` and `fitted` (figures of [`MultiLabelMetric`]), `per_label` (with `f1_at_0.5`); and,
+        all at the configuration's thresholds, `intervals` (95 %, of [`f1_intervals`]), `by_label_count`,
+        `by_caption_length` (with `texts`) and `warnings` (sentences).
     """
     metric, names = MultiLabelMetric(), label_names(config)
+    predicted = decisions(scores, config)
     labels = per_label_report(scores, references, config.thresholds, names)
     for row, at_half in zip(labels, per_label_report(scores, references, 0.5, names), strict=True):
         row["f1_at_0.5"] = at_half["f1"]
@@ -68,8 +82,31 @@ def report(scores: np.ndarray, references: np.ndarray, config: MMClfConfig) -> d
         "rows": len(scores),
         "at_0.5": metric.compute(predictions=scores, references=references),
         "fitted": metric.compute(predictions=scores, references=references, threshold=config.thresholds),
+        "intervals": f1_intervals(predicted, references),
         "per_label": labels,
+        "by_label_count": by_label_count(predicted, references),
+        **({} if texts is None else {"by_caption_length": by_caption_length(predicted, references, texts)}),
+        "warnings": _warnings(predicted, references, names),
     }
+
+
+MANY_EMPTY, NAMED_LABELS = 0.1, 20
+
+
+def _warnings(predicted: np.ndarray, references: np.ndarray, names: Sequence[str]) -> list[str]:
+    """What is wrong with predictions that an average may hide."""
+    warnings, actual = [], references == 1
+    labelled = actual.any(axis=1)
+    empty = int((labelled & ~predicted.any(axis=1)).sum())
+    if empty > MANY_EMPTY * labelled.sum():
+        share = f"{empty:,} of the {labelled.sum():,} rows that have a label ({empty / labelled.sum():.0%})"
+        warnings.append(f"Nothing is predicted for {share}.")
+    support = actual.sum(axis=0)
+    never = [f"{names[i]} ({support[i]:,})" for i in np.flatnonzero((support > 0) & ~predicted.any(axis=0))]
+    if never:
+        more = f" and {len(never) - NAMED_LABELS} more" if len(never) > NAMED_LABELS else ""
+        warnings.append(f"Never predicted, though rows have them: {', '.join(never[:NAMED_LABELS])}{more}.")
+    return warnings
 
 
 def report_table(reports: dict[str, dict[str, Any]]) -> str:
@@ -80,7 +117,7 @@ def report_table(reports: dict[str, dict[str, Any]]) -> str:
         for name, split in reports.items():
             figures = split["per_label"][i]
             row |= {f"{name} rows": figures["support"]}
-            row |= {f"{name} F1 at 0.5": figures["f1_at_0.5"], f"{name} F1": figures["f1"]}
+            row |= {f"{name} F1 at 0.5": figures["f1_at_0.5"], f"{name} F1": figures["f1"], f"{name} 95%": ""}
         rows.append(row)
     averages = {"micro": "f1", "macro": "f1_macro", "weighted": "f1_weighted", "samples": "f1_samples"}
     for title, key in averages.items():
@@ -88,8 +125,38 @@ def report_table(reports: dict[str, dict[str, Any]]) -> str:
         for name, split in reports.items():
             row |= {f"{name} rows": split["rows"]}
             row |= {f"{name} F1 at 0.5": split["at_0.5"][key], f"{name} F1": split["fitted"][key]}
+            interval = split["intervals"].get(key)
+            row |= {f"{name} 95%": "" if interval is None else "{:.3f}-{:.3f}".format(*interval)}
         rows.append(row)
     return metrics_table(rows)
+
+
+def group_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The figures of kinds of rows in a report as rows of a table; none where it has none."""
+    titles = {"by_label_count": "labels: {}", "by_caption_length": "words of the caption: {}"}
+    return [
+        {"rows with": title.format(group["group"]), "rows": group["rows"]}
+        | {"F1, micro": group["f1"], "F1, samples": group["f1_samples"]}
+        for key, title in titles.items()
+        for group in report.get(key, ())
+    ]
+
+
+def ablation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The ablations of a report, after the rows as they are, as rows of a table; none where it has none."""
+    found = {ABLATIONS[name]: figures for name, figures in report.get("ablations", {}).items()}
+    seen = {"as they are": report["fitted"], **found} if found else {}
+    return [
+        {"rows": name, "F1, micro": values["f1"], "F1, macro": values["f1_macro"]} for name, values in seen.items()
+    ]
+
+
+def report_text(reports: dict[str, dict[str, Any]]) -> str:
+    """[`report_table`], and of the last of the splits kinds of rows, ablations and warnings."""
+    split, figures = list(reports.items())[-1]
+    tables = [metrics_table(rows) for rows in (group_rows(figures), ablation_rows(figures)) if rows]
+    warnings = [f"Warning: {warning}" for warning in figures["warnings"]]
+    return "\n\n".join([report_table(reports), f"Of the {split} rows:", *tables, *warnings])
 
 
 PREDICTION_SUFFIXES = (".csv", ".jsonl")
@@ -134,7 +201,7 @@ def write_predictions(path: str | Path, rows: Dataset, scores: np.ndarray, confi
             delimiter = "|" if any(len(label.split()) > 1 for label in ids) else " "
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["ImageID", "Labels"])
-            for name, hits in zip(_names(rows), _hits(scores, config), strict=True):
+            for name, hits in zip(_names(rows), decisions(scores, config), strict=True):
                 writer.writerow([name, delimiter.join(ids[hits])])
         else:
             for name, ranked in zip(_names(rows), _ranked(scores, config), strict=True):
@@ -151,14 +218,10 @@ def prediction_lines(rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> 
     ]
 
 
-def _hits(scores: np.ndarray, config: MMClfConfig) -> np.ndarray:
-    return scores.astype(np.float64) >= np.array(config.thresholds)
-
-
 def _ranked(scores: np.ndarray, config: MMClfConfig) -> Iterator[list[tuple[str, float, bool]]]:
     """Label, score and whether it is predicted, for each row, most likely first."""
     names = label_names(config)
-    for row, hits in zip(scores, _hits(scores, config), strict=True):
+    for row, hits in zip(scores, decisions(scores, config), strict=True):
         order = np.argsort(-row, kind="stable")
         yield [(names[i], round(float(row[i]), 6), bool(hits[i])) for i in order]
 

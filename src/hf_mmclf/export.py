@@ -17,9 +17,9 @@ from torchvision.transforms.v2.functional import to_pil_image
 from .batches import is_absent, open_image
 from .data import DataArguments
 from .demo import DEMO_LABELS
-from .evaluation import label_names, report, scores_of
-from .finished import FinishedModel
-from .metrics import metrics_table
+from .evaluation import label_names, scores_of
+from .finished import FinishedModel, references_of
+from .metrics import MultiLabelMetric, metrics_table
 
 if TYPE_CHECKING:
     from .onnx_predict import OnnxClassifier
@@ -303,6 +303,6 @@ def _compare(finished: FinishedModel, classifier: "OnnxClassifier", sample: list
 
 def _f1(finished: FinishedModel, classifier: "OnnxClassifier", rows: Dataset, folder: Path | None) -> float:
     """Micro-F1 at the model's thresholds."""
-    scores = [classifier(**batch) for batch in _batches(finished, rows, folder, 64)]
-    references = rows.with_format("numpy")["labels"][:]
-    return report(np.concatenate(scores), references, finished.model.config)["fitted"]["f1"]
+    scores = np.concatenate([classifier(**batch) for batch in _batches(finished, rows, folder, 64)])
+    thresholds = finished.model.config.thresholds
+    return MultiLabelMetric().compute(predictions=scores, references=references_of(rows), threshold=thresholds)["f1"]

@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
 
+from .ablation import Transform, ablation_figures
 from .arguments import machine_defaults
 from .batches import Collator, EvaluationImageTransform, RowTransform
 from .configuration_mmclf import MMClfConfig
@@ -170,7 +171,14 @@ class FinishedModel:
             members.setdefault(split_of[where], []).append(row)
         return {name: rows.select(indices) for name, indices in members.items()}
 
-    def scores(self, rows: Dataset, folder: Path, batch_size: int = 64, workers: int | None = None) -> np.ndarray:
+    def scores(
+        self,
+        rows: Dataset,
+        folder: Path,
+        batch_size: int = 64,
+        workers: int | None = None,
+        change: Callable[[Transform], Transform] | None = None,
+    ) -> np.ndarray:
         """
         Scores of rows with the columns of [`PreparedData`]; under `accelerate launch` each process computes its share,
         and all return all of them.
@@ -181,6 +189,7 @@ class FinishedModel:
             batch_size (`int`, *optional*, defaults to 64): Rows in one forward pass of one process.
             workers (`int`, *optional*): Processes that load pictures; by default none for a single batch, else as many
                 as suit the machine.
+            change (`Callable`, *optional*): From the transform of the rows to another, such as one of [`ablations`].
 
         Returns:
             `np.ndarray` of shape `(rows, labels)`: Probabilities, float32, in the order of the rows.
@@ -189,6 +198,7 @@ class FinishedModel:
         size = image_processor.size["longest_edge"] if image_processor else None
         collator = Collator(tokenizer, getattr(tokenizer, "model_max_length", 0), size)
         transform = RowTransform(folder, image_processor and EvaluationImageTransform(image_processor))
+        transform = transform if change is None else change(transform)
         options: dict[str, Any] = {**machine_defaults(), "bf16": False, "remove_unused_columns": False}
         options["use_cpu"] = not torch.accelerator.is_available()  # else Trainer overlooks that there are several
         if workers is None and len(rows) <= batch_size:
@@ -201,8 +211,36 @@ class FinishedModel:
             result = trainer.predict(rows.with_transform(transform))
         return scores_of(result.predictions)
 
-    def evaluate(self, rows: Dataset, folder: Path, batch_size: int = 64) -> dict[str, Any]:
-        """The figures of [`report`] for labelled rows, at 0.5 and at the model's own thresholds."""
-        if "labels" not in rows.column_names:
-            raise ValueError("these rows have no labels; name their column by --label_column or --label_columns")
-        return report(self.scores(rows, folder, batch_size), rows.with_format("numpy")["labels"][:], self.model.config)
+    def evaluate(self, rows: Dataset, folder: Path, batch_size: int = 64, ablations: bool = True) -> dict[str, Any]:
+        """
+        Figures of labelled rows.
+
+        Args:
+            rows (`Dataset`): Columns `image`, `text`, `where` and `labels`.
+            folder, batch_size: As for [`FinishedModel.scores`].
+            ablations (`bool`, *optional*, defaults to `True`): For a model with both modalities, `ablations` too; that
+                takes three more passes, one of them without pictures.
+
+        Returns:
+            `dict`: That of [`report`], with `ablations` of [`ablation_figures`].
+
+        Raises:
+            `ValueError`: rows without labels.
+        """
+        config, references = self.model.config, references_of(rows)
+        texts = rows["text"][:] if config.has_text else None
+        figures = report(self.scores(rows, folder, batch_size), references, config, texts)
+        if ablations and config.has_image and config.has_text:
+
+            def score(change: Callable[[Transform], Transform]) -> np.ndarray:
+                return self.scores(rows, folder, batch_size, change=change)
+
+            figures["ablations"] = ablation_figures(score, rows, references, config)
+        return figures
+
+
+def references_of(rows: Dataset) -> np.ndarray:
+    """Multi-hot labels of rows, `(rows, labels)`; `ValueError` where they have none."""
+    if "labels" not in rows.column_names:
+        raise ValueError("these rows have no labels; name their column by --label_column or --label_columns")
+    return rows.with_format("numpy")["labels"][:]

@@ -111,9 +111,9 @@ class LabelQueries(nn.Module):
     """One learned query for each label, which attends to the tokens of all modalities: (B, N, D), (B, N) of each in,
     one vector for each label out, (B, L, width).
 
-    Liu et al. 2021, "Query2Label: A Simple Transformer Way to Multi-Label Classification", with captions among the
-    memory: where there are both, the caption's tokens have looked at the picture's before (as in Li et al. 2021, "Align
-    before Fuse"), so that "the red one" is what is red there by the time that a label asks.
+    Liu et al. 2021, "Query2Label: A Simple Transformer Way to Multi-Label Classification", with captions among what is
+    asked. Where there are both, the caption's tokens have looked at the picture before (as in Li et al. 2021, "Align
+    before Fuse"): "the red one" is what is red there by the time that a label asks.
 
     Args:
         config ([`MMClfConfig`]): Number of labels, width, layers, heads, dropout.

@@ -14,6 +14,8 @@ from datasets import Features, List, Value
 from numpy.typing import ArrayLike
 from sklearn.metrics import average_precision_score
 
+from .calibration import expected_calibration_error
+
 __all__ = ["MultiLabelMetric", "check_scores", "metrics_table", "per_label_report"]
 
 
@@ -35,7 +37,8 @@ class MultiLabelMetric(evaluate.Metric):
     and returns a flat `dict` of `float`, all in [0, 1]: `f1`, `precision`, `recall` (micro: over all N x L decisions),
     `f1_macro`, `precision_macro`, `recall_macro` (mean over labels), `f1_weighted` (over labels, by support),
     `f1_samples` (mean over rows), `map` (scikit-learn's average precision, mean over the labels that have a positive;
-    0 when none has) and `no_label_rate` (share of rows for which nothing is predicted).
+    0 when none has), `ece` (of [`expected_calibration_error`]) and `no_label_rate` (share of rows for which nothing is
+    predicted).
 
     A ratio with nothing to count is 0, as with scikit-learn's `zero_division=0`; so a label without positives lowers
     the macro means. The exception is `f1_samples`: a row that has no label and is given none is right and counts as 1
@@ -78,6 +81,7 @@ class MultiLabelMetric(evaluate.Metric):
             "precision_macro": label_precision.mean(),
             "recall_macro": label_recall.mean(),
             "map": np.mean(average_precisions or [0.0]),
+            "ece": expected_calibration_error(scores, np.where(known, references, -1)),
             "no_label_rate": 1 - predicted.any(axis=1).mean(),
         }
         if label_names is not None:

@@ -1,10 +1,8 @@
 """The model: two backbones, a fusion and a classifier. Either backbone may be absent."""
 
 import inspect
-import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import timm
 import torch
@@ -17,6 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from .configuration_mmclf import MMClfConfig
 from .freezing_mmclf import cut, frozen_image_modules, frozen_text_modules
 from .fusion_mmclf import Fusion, LabelClassifier, LabelQueries, ScaleNorm, StandIn, masked_mean, projection
+from .weights_mmclf import load_image_weights, load_text_weights
 
 
 def in_chunks(function: Callable[[torch.Tensor], torch.Tensor], pictures: torch.Tensor) -> torch.Tensor:
@@ -182,65 +181,12 @@ class MMClfForImageTextClassification(PreTrainedModel):
         config.image_weights = config.text_weights = None
         model = cls(config)
         if config.has_image:
-            config.image_weights = model._load_image_backbone(image_weights)
+            config.image_weights = load_image_weights(
+                model.image_model, config.image_backbone, config.image_backbone_args or {}, image_weights
+            )
         if config.has_text:
-            config.text_weights = model._load_text_backbone(text_weights)
+            config.text_weights = load_text_weights(model.text_model, config.text_backbone, text_weights)
         return model
-
-    def _load_image_backbone(self, weights: str | None) -> str:
-        name, args = self.config.image_backbone, self.config.image_backbone_args or {}
-        if weights is None:
-            return "scratch"
-        if weights == "hub":
-            donor = timm.create_model(name, pretrained=True, num_classes=0, **args)
-            self.image_model.load_state_dict(donor.state_dict())
-            return name
-        path = Path(weights)
-        candidates = [path / "model.safetensors", path / "pytorch_model.bin"] if path.is_dir() else [path]
-        found = [candidate for candidate in candidates if candidate.is_file()]
-        if not found:
-            raise FileNotFoundError(
-                f"image weights {weights!r}: no such file, nor a folder with model.safetensors or pytorch_model.bin; "
-                "give one of these, or 'hub', or None"
-            )
-        # not strict, since the checkpoint has a classifier of its own; what else does not match is looked at here
-        keys = timm.models.load_checkpoint(self.image_model, str(found[0]), strict=False)
-        heads = self.image_model.pretrained_cfg.get("classifier") or ()
-        heads = (heads,) if isinstance(heads, str) else heads
-        surplus = [key for key in keys.unexpected_keys if not key.startswith(tuple(f"{head}." for head in heads))]
-        if keys.missing_keys or surplus:
-            raise RuntimeError(
-                f"{found[0].name} does not fit {name!r}: "
-                f"{len(keys.missing_keys)} tensors of the model are not in the file {keys.missing_keys[:3]}, "
-                f"{len(surplus)} tensors of the file are not in the model {surplus[:3]}"
-            )
-        return path.name
-
-    def _load_text_backbone(self, weights: str | None) -> str:
-        if weights is None:
-            return "scratch"
-        source = self.config.text_backbone if weights == "hub" else weights
-        if source is None:
-            raise ValueError("text weights are 'hub', but config.text_backbone names no repository; name one")
-        if weights != "hub" and not Path(weights).is_dir():
-            raise FileNotFoundError(f"text weights {weights!r}: no such folder; give one, or 'hub', or None")
-        text_class = type(self.text_model)
-        # the Hub's config may be older than its model (TinyBERT's has no model_type): ours says what is built
-        try:
-            donor, info = text_class.from_pretrained(source, config=self.config.text_config, output_loading_info=True)
-        except pickle.UnpicklingError as error:  # of torch's weights-only loader
-            raise OSError(
-                f"text weights {source!r}: its file is not a pickle of tensors alone, and anything else is not read, "
-                "since that could run any code; name a checkpoint in safetensors"
-            ) from error
-        wanted = self.text_model.state_dict()
-        missing = sorted(set(info["missing_keys"]) & set(wanted))
-        if missing:
-            raise RuntimeError(
-                f"{source!r} does not fit text_config: {len(missing)} tensors are not in it ({', '.join(missing[:3])})"
-            )
-        self.text_model.load_state_dict({name: donor.state_dict()[name] for name in wanted})
-        return source if weights == "hub" else Path(weights).name
 
     def activation_checkpointing_enable(self, *args, **kwargs) -> None:
         """Computes activations of the backbones again when they are needed, instead of keeping them.

@@ -1,4 +1,4 @@
-"""Thresholds that turn scores into labels, fitted on validation rows; and the temperature that calibrates scores.
+"""Thresholds that turn scores into labels, fitted on validation rows.
 
 Only the distinct scores can be cuts, so every search here is exact. The objectives differ in what their F-measure is
 counted over: all decisions (micro), those of a label (macro), those of a row (samples).
@@ -10,12 +10,11 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 
 from .metrics import check_scores
 
-__all__ = ["OBJECTIVES", "best_threshold", "fit_temperature", "label_thresholds"]
+__all__ = ["OBJECTIVES", "best_threshold", "label_thresholds"]
 
 logger = logging.getLogger(__name__)
 
@@ -103,28 +102,6 @@ def label_thresholds(
     if shrinkage is None:
         shrinkage = _cross_validated(scores, references, known, aim)
     return _label_cuts(scores, references, known, aim)(shrinkage)
-
-
-def fit_temperature(logits: ArrayLike, references: ArrayLike) -> float:
-    """The temperature T at which `sigmoid(logits / T)` has the least binary cross-entropy on the given rows (Guo et
-    al. 2017, "On Calibration of Modern Neural Networks"); it changes no order of scores.
-
-    Args:
-        logits (`ArrayLike` of shape `(N, L)`): Of validation rows.
-        references (`ArrayLike` of shape `(N, L)`): Multi-hot labels, 0 or 1; -1 where nobody knows.
-
-    Returns:
-        `float`: between 0.05 and 20; above 1 where the model was too sure of itself.
-    """
-    logits = np.asarray(logits, dtype=np.float64)
-    _, references, known = check_scores(expit(logits), references)
-    logits, references = logits[known], references[known]
-
-    def cross_entropy(log_temperature: float) -> float:
-        scaled = logits / np.exp(log_temperature)
-        return np.mean(np.logaddexp(0, scaled) - references * scaled)
-
-    return float(np.exp(minimize_scalar(cross_entropy, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
 
 
 class _Aim:

@@ -8,165 +8,39 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from safetensors.torch import load_model
-from torch import nn
 from transformers import (
-    AutoConfig,
-    BertConfig,
     EarlyStoppingCallback,
-    PreTrainedConfig,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerState,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from .ablation import ablation_figures
 from .arguments import AugmentationArguments, MMClfTrainingArguments, ModelArguments
 from .augmentation import ImageAugmentation, TextAugmentation
 from .batches import Collator, EvaluationImageTransform, RowTransform
+from .building import build_config, build_image_processor, build_model
+from .calibration import fit_temperature
 from .configuration_mmclf import MMClfConfig
 from .data import DataArguments, picture_paths, prepare_data
-from .evaluation import ComputeMetrics, report, report_table, scores_of
+from .evaluation import ComputeMetrics, report, report_text, scores_of
 from .feature_cache import FeatureCache
 from .finished import save_model, whole_folder
 from .image_processing_mmclf import MMClfImageProcessor
 from .labels import LabelSet
 from .losses import MultiLabelLoss
 from .modeling_mmclf import MMClfForImageTextClassification
-from .presets import config_from_preset
 from .processing_mmclf import MMClfProcessor
 from .records import machine_name, run_record, write_records
 from .streaming import StreamCollator, open_stream
-from .thresholds import best_threshold, fit_temperature, label_thresholds
+from .thresholds import best_threshold, label_thresholds
 from .tokenization import load_tokenizer
+from .trainer import MMClfTrainer
 
 CHECKPOINTS = "checkpoints"
-
-
-class MMClfTrainer(Trainer):
-    """`Trainer` with learning rates by part and no weight decay on one-dimensional parameters.
-
-    `criterion` is the loss of logits and labels, a mean over the batch. `train_collator` makes batches of training
-    rows where these are another kind than those to evaluate on.
-    """
-
-    args: MMClfTrainingArguments
-    criterion: nn.Module = MultiLabelLoss()
-    train_collator: Callable | None = None
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """The `criterion` of the model's logits, in place of the model's own loss."""
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        loss = self.criterion(outputs["logits"], inputs["labels"])
-        return (loss, outputs) if return_outputs else loss
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer that the arguments name, over [`parameter_groups`]."""
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(parameter_groups(model, self.args), **options)
-        return self.optimizer
-
-    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """Leaves out a last batch of a single row where BatchNorm could not work on it; evaluation keeps all rows."""
-        given = self.args.dataloader_drop_last, self.data_collator
-        if not isinstance(self.train_dataset, IterableDataset):  # which has no last batch
-            lonely = len(self.train_dataset) % self.args.train_batch_size == 1 < len(self.train_dataset)
-            if lonely and any(isinstance(module, nn.BatchNorm1d) for module in self.model.modules()):
-                self.args.dataloader_drop_last = True
-        self.data_collator = self.train_collator or self.data_collator
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.args.dataloader_drop_last, self.data_collator = given
-
-
-def parameter_groups(model: nn.Module, args: MMClfTrainingArguments) -> list[dict[str, Any]]:
-    """
-    Trained parameters by learning rate and weight decay.
-
-    Decay by dimension, not by name: names miss normalisation layers such as DenseNet's `norm5`.
-    """
-    backbone_rate = args.learning_rate if args.backbone_learning_rate is None else args.backbone_learning_rate
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        in_backbone = name.removeprefix("module.").startswith(("image_model.", "text_model."))
-        rate = backbone_rate if in_backbone else args.learning_rate
-        decay = args.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
-
-
-def build_config(args: ModelArguments) -> MMClfConfig:
-    """The preset's configuration with what the arguments change; labels and vocabulary are still open."""
-    if args.preset is None:
-        raise ValueError("ModelArguments.preset is None; name a preset, or let parse_arguments choose one")
-    names = ("fusion", "fusion_layers", "fusion_norm", "projection_norm", "image_tokens", "width", "dropout")
-    names += ("learned_missing", "modality_dropout")
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    for name in ("unfrozen_image_stages", "unfrozen_text_layers"):
-        if getattr(args, name) is not None:
-            changes[name] = None if getattr(args, name) == -1 else getattr(args, name)
-    if args.image_backbone is not None:
-        changes |= {"image_backbone": None if args.image_backbone == "none" else args.image_backbone}
-        changes |= {"image_backbone_args": None}
-    if args.text_backbone == "none":
-        changes |= {"text_backbone": None, "text_config": None}
-    elif args.text_backbone is not None:
-        changes |= {"text_backbone": Path(args.text_backbone).name}
-        changes |= {"text_config": _read_text_config(args.text_backbone)}
-        if not Path(args.text_backbone).is_dir():
-            changes["text_backbone"] = args.text_backbone
-    return config_from_preset(args.preset, **changes)
-
-
-def _read_text_config(source: str) -> dict[str, Any]:
-    """The configuration of a text encoder on the Hub or in a folder."""
-    try:
-        return AutoConfig.from_pretrained(source).to_dict()
-    except ValueError:  # no model_type: TinyBERT, BERT-tiny and other BERTs are older than it
-        values, _ = PreTrainedConfig.get_config_dict(source)
-        if "model_type" in values or "type_vocab_size" not in values:
-            raise
-        return BertConfig(**values).to_dict()  # if it is none, its weights will not fit, which is an error
-
-
-def build_model(
-    config: MMClfConfig, args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None
-) -> MMClfForImageTextClassification:
-    """The model, its backbones loaded as the arguments say."""
-    image_weights, text_weights = (None, None) if args.from_scratch else (args.image_weights, args.text_weights)
-    if text_weights == "hub" and args.text_backbone and Path(args.text_backbone).is_dir():
-        text_weights = args.text_backbone
-    if config.has_text:
-        if text_weights is None:
-            config.text_config.vocab_size = len(tokenizer)
-            config.text_config.pad_token_id = tokenizer.pad_token_id
-        elif len(tokenizer) > config.text_config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer):,} tokens, the pretrained text backbone "
-                f"{config.text_config.vocab_size:,}; use the backbone's own tokenizer, or --from_scratch"
-            )
-    return MMClfForImageTextClassification.from_backbones(config, image_weights, text_weights)
-
-
-def build_image_processor(model: MMClfForImageTextClassification, size: int | None = None) -> MMClfImageProcessor:
-    """Size (unless given), mean and deviation as timm knows them for the image backbone."""
-    known = model.image_model.pretrained_cfg
-    return MMClfImageProcessor(
-        size=size or known["input_size"][-1], image_mean=list(known["mean"]), image_std=list(known["std"])
-    )
 
 
 def train(
@@ -283,7 +157,16 @@ def train(
         speed = {"split": name, "rows_per_second": result.metrics.get(f"{name}_samples_per_second")}
         if name == "validation":  # test labels never choose anything
             _fit_thresholds(config, scores, result.label_ids, args)
-        reports[name] = report(scores, result.label_ids, config)
+        reports[name] = report(scores, result.label_ids, config, rows["text"][:] if config.has_text else None)
+    if args.ablations and reports and config.has_image and config.has_text:
+        name, (_, references) = list(outcomes.items())[-1]
+        rows = prepared.splits[name]
+        reports[name]["ablations"] = ablation_figures(
+            lambda change: scores_of(trainer.predict(rows.with_transform(change(evaluation))).predictions),
+            rows,
+            references,
+            config,
+        )
     if main:
         record = run_record((model_args, data_args, augmentation, args), trainer, prepared)
         record |= {"tokenizer": tokenizer_source, "missing": missing, "resumed": resume is not None}
@@ -295,7 +178,7 @@ def train(
             write_records(stage, config, prepared, reports, outcomes, record, args.save_predictions)
         if not args.keep_checkpoints:
             _remove_traces(Path(args.output_dir))
-        print(f"\n{report_table(reports)}\n\nThreshold: {config.threshold:.4f}, fitted on the validation rows")
+        print(f"\n{report_text(reports)}\n\nThreshold: {config.threshold:.4f}, fitted on the validation rows")
         print(f"Output folder: {output}\nLoad it with:")
         print(f'  import hf_mmclf; from transformers import AutoModel; model = AutoModel.from_pretrained("{output}")')
     trainer.accelerator.wait_for_everyone()
