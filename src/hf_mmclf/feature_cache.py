@@ -316,7 +316,8 @@ class FeatureCache:
 
 # Fields of the configuration on which states do not depend: what comes after the backbones, and what rows are called.
 _NOT_OF_THE_CUT = (
-    *("fusion", "fusion_norm", "width", "projection_norm", "dropout", "learned_missing"),
+    *("fusion", "fusion_layers", "fusion_heads", "fusion_norm", "width", "projection_norm", "dropout"),
+    *("learned_missing", "modality_dropout"),
     *("threshold", "label_thresholds", "label_ids", "id2label", "label2id"),
     *("image_weights", "text_weights", "transformers_version"),
 )
