@@ -286,6 +286,8 @@ def test_one_view_without_augmentation_gives_the_same_metrics(stages, layers, tm
     assert cached_losses == pytest.approx(losses, rel=5e-3)
     for split in ("validation", "test"):
         for at in ("at_0.5", "fitted"):
+            ece = cached_metrics[split][at].pop("ece"), metrics[split][at].pop("ece")
+            assert ece[0] == pytest.approx(ece[1], abs=1e-3)  # of the scores themselves: features are half precision
             assert cached_metrics[split][at] == pytest.approx(metrics[split][at], abs=1e-9)
 
 

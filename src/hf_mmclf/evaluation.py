@@ -90,7 +90,7 @@ def report(
     }
 
 
-MANY_EMPTY, NAMED_LABELS = 0.1, 20
+MANY_EMPTY, NAMED_LABELS = 0.1, 20  # share of rows that is worth a warning; most names in one
 
 
 def _warnings(predicted: np.ndarray, references: np.ndarray, names: Sequence[str]) -> list[str]:
