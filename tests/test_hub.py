@@ -38,6 +38,7 @@ model-index:
 `AutoModel.from_pretrained("{PLACEHOLDER}")`
 """
 PUSHED = ("configuration", "freezing", "fusion", "image_processing", "modeling", "pipeline", "processing")
+PUSHED += ("weights",)
 SENT = {
     *(
         "README.md",

@@ -75,9 +75,12 @@ def system(request):
     return MMClfForImageTextClassification(config), POSTER[request.param]
 
 
-def test_table_is_the_posters_and_the_demos():
+OURS, DEMO = ["querybert", "captions"], ["demo", "demo-image", "demo-text"]
+
+
+def test_table_is_the_posters_and_ours():
     assert [name for name, preset in PRESETS.items() if preset.poster] == list(POSTER)
-    assert [name for name, preset in PRESETS.items() if not preset.poster] == ["demo", "demo-image", "demo-text"]
+    assert [name for name, preset in PRESETS.items() if not preset.poster] == [*OURS, *DEMO]
 
 
 def test_size(system, tmp_path):
@@ -126,7 +129,16 @@ def test_unfrozen_stages_of_resnet():
     assert trained_names(model) == expected_names(model, ["image_model.layer4", "text_model.encoder.layer.1"])
 
 
-@pytest.mark.parametrize("name", ["demo", "demo-image", "demo-text"])
+@pytest.mark.parametrize(("name", "megabytes"), zip(OURS, (100, 16.8), strict=True))
+def test_ours_fit_their_size_and_train_whole(name, megabytes):
+    model = MMClfForImageTextClassification(config_from_preset(name, num_labels=18))
+    assert sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**20 < megabytes
+    model(**inputs(model.config), labels=torch.ones(2, 18)).loss.backward()
+    absent = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert not absent
+
+
+@pytest.mark.parametrize("name", DEMO)
 def test_demo(name):
     config = config_from_preset(name, num_labels=4)
     model = MMClfForImageTextClassification(config)

@@ -27,6 +27,7 @@ KINDS = ["both", "image", "text"]
 
 def test_these_files_are_pushed():
     names = ["configuration", "freezing", "fusion", "image_processing", "modeling", "pipeline", "processing"]
+    names += ["weights"]
     assert [file.stem for file in SOURCES] == [f"{name}_mmclf" for name in names]
 
 
@@ -147,7 +148,7 @@ def test_without_this_package_the_outputs_are_the_same(saved, run):
     assert child.returncode == 0, child.stderr[-3000:]
     for kind, result in json.loads(child.stdout.splitlines()[-1]).items():
         same = expected[kind]
-        torch.testing.assert_close(torch.tensor(result["logits"]), torch.tensor(same["logits"]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(result["logits"]), torch.tensor(same["logits"]), rtol=0, atol=1e-5)
         assert any(len(labels) < 3 for labels in same["labels"])  # else thresholds could be lost
         names, wanted = ([[row["label"] for row in labels] for labels in of["labels"]] for of in (result, same))
         assert names == wanted

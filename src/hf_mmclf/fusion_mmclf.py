@@ -139,7 +139,7 @@ class LabelQueries(nn.Module):
             image, text = memory
             memory[1] = self.reader(text, image, tgt_key_padding_mask=absent[1], memory_key_padding_mask=absent[0])
         memory = torch.cat(memory, 1)
-        queries = self.queries.expand(len(memory), -1, -1)
+        queries = self.queries.expand(memory.shape[0], -1, -1)  # not len(): an export would keep it
         return self.decoder(queries, memory, memory_key_padding_mask=torch.cat(absent, 1))
 
 

@@ -74,7 +74,7 @@ class MultiLabelMetric(evaluate.Metric):
         result = {
             "f1": f1,
             "f1_macro": label_f1.mean(),
-            "f1_samples": _precision_recall_f1(predicted, references, axis=1, empty=1.0)[2].mean(),
+            "f1_samples": _mean(_precision_recall_f1(predicted, references, axis=1, empty=1.0)[2][known.any(axis=1)]),
             "f1_weighted": _ratio(label_f1 @ references.sum(axis=0), references.sum()),
             "precision": precision,
             "recall": recall,
@@ -146,6 +146,10 @@ def metrics_table(rows: Sequence[Mapping], columns: Sequence[str] | None = None)
 
 def _ratio(numerator: ArrayLike, denominator: ArrayLike, empty: float = 0.0) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.full(np.shape(denominator), empty), where=denominator > 0)
+
+
+def _mean(values: np.ndarray) -> float:
+    return values.mean() if len(values) else 0.0
 
 
 def _precision_recall_f1(predicted: np.ndarray, references: np.ndarray, axis: int | None, empty: float = 0.0) -> tuple:

@@ -1,4 +1,4 @@
-"""The systems as rows of data: the eighteen of the poster, and our own small ones.
+"""The systems as rows of data: the eighteen of the poster, and our own.
 
 Source of the eighteen: the poster "Image-Text Multi-label Classification" (COMP5329, assignment 2, 2023). Their
 architectures are the poster's; the recipes are ours, since the poster's (AdamW at 1e-5 for every part) under-trains.
@@ -73,6 +73,18 @@ _FINE_TUNE = dict(
     per_device_eval_batch_size=64,
     num_train_epochs=15,
     early_stopping_patience=4,
+)
+# Random text weights need some hundreds of steps at a rate that would ruin pretrained ones, and then they learn by heart.
+_CAPTIONS = _FINE_TUNE | dict(
+    learning_rate=1e-3,
+    backbone_learning_rate=1e-3,
+    per_device_train_batch_size=64,
+    per_device_eval_batch_size=256,
+    num_train_epochs=4,
+    from_scratch=True,
+    tokenizer="train",
+    swap_words=0.0,
+    drop_words=0.1,
 )
 _TEXT = _FINE_TUNE | dict(learning_rate=5e-4, backbone_learning_rate=5e-4, num_train_epochs=6)
 _DEMO = _FINE_TUNE | dict(
@@ -190,6 +202,35 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             dict(image_backbone="resnet34.tv_in1k", **BERT_TINY, **FROZEN, fusion="cross_image", threshold=0.38),
             _FINE_TUNE,
             Poster(26_395_986, 100.92, 0.38, 0.7836, 0.7766, 50),
+        ),
+        # -- our own --------------------------------------------------------------------------------------------
+        "querybert": Preset(
+            dict(
+                image_backbone="convnext_pico.d1_in1k",
+                text_backbone="microsoft/xtremedistil-l6-h256-uncased",
+                text_config=_bert(256, 6, 8, 1024),
+                fusion="label_queries",
+                fusion_heads=8,
+                image_tokens="spatial",
+                width=256,
+                dropout=0.1,
+                modality_dropout=0.2,
+            ),
+            _FINE_TUNE,
+        ),
+        "captions": Preset(
+            dict(
+                text_config=_bert(
+                    *(128, 2, 4, 256),
+                    vocab_size=8000,
+                    max_position_embeddings=128,
+                    hidden_dropout_prob=0.2,
+                    attention_probs_dropout_prob=0.2,
+                ),
+                text_pooling="mean",
+                dropout=0.1,
+            ),
+            _CAPTIONS,
         ),
         # -- our own, small enough to learn the embedded data set from scratch on two cores ----------------------
         "demo": Preset(
