@@ -37,6 +37,16 @@ def frozen_image_modules(backbone: nn.Module, unfrozen: int | None) -> list[nn.M
     return list(through(backbone, ends[-unfrozen - 1]))
 
 
+def pooling_modules(backbone: nn.Module) -> list[nn.Module]:
+    """What of a timm backbone comes after the last feature map: its head's norm, say."""
+    classifier = backbone.pretrained_cfg.get("classifier") or ()
+    names = [classifier] if isinstance(classifier, str) else classifier
+    found = [
+        getattr(backbone, name, None) for name in (*(name.split(".")[0] for name in names), "fc_norm", "attn_pool")
+    ]
+    return [module for module in found if isinstance(module, nn.Module)]
+
+
 def frozen_text_modules(backbone: PreTrainedModel, unfrozen: int | None) -> list[nn.Module]:
     """The frozen modules when the last `unfrozen` layers train; `None`: all train."""
     if not unfrozen:

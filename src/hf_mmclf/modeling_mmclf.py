@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .configuration_mmclf import MMClfConfig
-from .freezing_mmclf import cut, frozen_image_modules, frozen_text_modules
+from .freezing_mmclf import cut, frozen_image_modules, frozen_text_modules, pooling_modules
 from .fusion_mmclf import Fusion, LabelClassifier, LabelQueries, ScaleNorm, StandIn, masked_mean, projection
 from .weights_mmclf import load_image_weights, load_text_weights
 
@@ -141,6 +141,9 @@ class MMClfForImageTextClassification(PreTrainedModel):
         for module in (*self._frozen["image"], *self._frozen["text"]):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
+        if self.config.has_image and not self._image_is_pooled:
+            for module in pooling_modules(self.image_model):  # DDP takes no parameter that nothing uses
+                module.requires_grad_(False)
 
     def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Parameters and buffers of the frozen parts, by name."""

@@ -74,7 +74,7 @@ _FINE_TUNE = dict(
     num_train_epochs=15,
     early_stopping_patience=4,
 )
-# Random text weights need some hundreds of steps at a rate that would ruin pretrained ones, and then they learn by heart.
+# Random text weights need steps that would ruin pretrained ones, and soon learn the captions by heart.
 _CAPTIONS = _FINE_TUNE | dict(
     learning_rate=1e-3,
     backbone_learning_rate=1e-3,
