@@ -149,6 +149,13 @@ def test_it_learns_and_automodel_loads_it_with_labels_and_thresholds(finished):
     assert recorded["validation"]["fitted"]["f1"] > 0.8
 
 
+def test_reports_of_a_run_in_half_precision_are_those_of_its_users(table, tmp_path):
+    output = run(table, tmp_path / "half", "--bf16", "true", "--use_cpu", "true", "--max_steps", "4")
+    recorded = json.loads((output / "metrics.json").read_text())
+    assert json.loads((output / "training.json").read_text())["recipe"]["precision"] == "bf16"
+    assert evaluate(output, table, "test")["fitted"] == pytest.approx(recorded["test"]["fitted"], abs=1e-6)
+
+
 def test_test_labels_choose_nothing(finished, table, monkeypatch):
     """The threshold is the best of the validation scores; the function that fits it sees no others."""
     model = FinishedModel.load(finished)

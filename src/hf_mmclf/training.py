@@ -139,7 +139,8 @@ def train(
         say("No early stopping: it needs load_best_model_at_end, which is off")
     trainer.train(resume_from_checkpoint=resume)
 
-    trainer.data_collator = collator  # reports are of rows as users will give them
+    trainer.data_collator = collator  # reports are of rows as users will give them, in full precision
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     reports, outcomes, speed, temperature = {}, {}, {}, None
     for name in ("validation", "test"):
         rows = prepared.splits.get(name)
