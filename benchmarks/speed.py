@@ -18,8 +18,8 @@ WHAT is one of
 
 What is compared takes turns, --rounds times; the ratio is the median over the rounds, with the smallest and largest.
 Everything runs on the CPU, in batches of 16, from 640 px JPEGs: `../shared/data/coco301` where that is, else drawn.
-"Bare" is the fastest eager way: channels-last, tensors in memory, fused AdamW. --bf16 trains ours and the bare model (not
-the baseline) in autocast bfloat16, which pays on CPUs with instructions for it (avx512_bf16, amx_bf16).
+"Bare" is the fastest eager way: channels-last, tensors in memory, fused AdamW. --bf16 trains ours and the bare model
+(not the baseline) in autocast bfloat16, which pays on CPUs with instructions for it (avx512_bf16, amx_bf16).
 """
 
 import argparse
