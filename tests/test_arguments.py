@@ -223,6 +223,15 @@ def test_dataclasses_work_from_python(tmp_path):
     assert args.load_best_model_at_end and not args.remove_unused_columns and args.backbone_learning_rate is None
     with pytest.raises(ValueError, match="remove_unused_columns"):
         MMClfTrainingArguments(str(tmp_path), remove_unused_columns=True)
+    for wrong, message in (
+        (dict(loss="zlpr", positive_weight_power=0.5), "'zlpr' compares labels"),
+        (dict(label_smoothing_factor=2.0), "label smoothing is 2.0"),
+        (dict(threshold_beta=0.0), "beta is 0.0"),
+        (dict(threshold_objective="precision", threshold_precision=90.0), "precision is 90.0"),
+        (dict(threshold_shrinkage=-2.0), "threshold_shrinkage is -2.0; expected at least 0, or -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MMClfTrainingArguments(str(tmp_path), **wrong)
     with pytest.raises(ValueError, match="resnet18"):
         ModelArguments(image_backbone="resnet81")
 

@@ -156,6 +156,54 @@ def test_reports_of_a_run_in_half_precision_are_those_of_its_users(table, tmp_pa
     assert evaluate(output, table, "test")["fitted"] == pytest.approx(recorded["test"]["fitted"], abs=1e-6)
 
 
+def test_losses_thresholds_and_calibration_by_flags(table, tmp_path, finished):
+    flags = ["--loss", "distribution_balanced", "--positive_weight_power", "0.5", "--label_smoothing_factor", "0.1"]
+    flags += ["--calibrate", "--label_thresholds", "--threshold_objective", "samples", "--threshold_shrinkage", "-1"]
+    flags += ["--fusion", "label_queries", "--modality_dropout", "0.3", "--drop_words", "0.2", "--threshold_beta", "2"]
+    output = run(table, tmp_path / "model", *flags, "--num_train_epochs", "2")
+    recorded = json.loads((output / "metrics.json").read_text())
+    record = json.loads((output / "training.json").read_text())
+    assert evaluate(output, table, "test")["fitted"] == pytest.approx(recorded["test"]["fitted"], abs=1e-6)
+    assert record["recipe"]["loss"] == "distribution_balanced" and 0.05 < record["temperature"] < 20
+    card = (output / "README.md").read_text()
+    assert "`distribution_balanced`" in card and "to the power of 0.5" in card and "label smoothing 0.1" in card
+    assert "each label attends to the tokens of both" in card and "with probability 0.3" in card
+    model = FinishedModel.load(output).model
+    assert model.config.modality_dropout == 0.3 and model.missing_image.vector is not None
+    losses = [e["loss"] for e in record["history"] if "loss" in e]
+    plain = [e["loss"] for e in json.loads((finished / "training.json").read_text())["history"] if "loss" in e]
+    assert losses[0] != pytest.approx(plain[0], rel=0.05)  # another loss indeed
+
+
+def test_unknown_labels_train_and_evaluate(table, tmp_path):
+    """Columns of 0, 1 and -1; empty cells too, where they are said to be unknown."""
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    labels = ["blue", "cat", "dog", "green", "red"]
+    path = tmp_path / "indicators.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "words", *labels])
+        for number, row in enumerate(rows):
+            cells = [str(int(label in row["tags"].split("|"))) for label in labels]
+            cells[number % 5] = ["-1", "", cells[number % 5]][number % 3]
+            writer.writerow([row["file"], row["words"], *cells])
+    flags = ["--data", str(path), "--image_dir", str(table.parent / "pictures"), "--preset", "demo", *TINY]
+    flags += ["--image_column", "file", "--text_column", "words", "--label_columns", *labels, "--max_steps", "4"]
+    with pytest.raises(ValueError, match=r"indicators.csv:3: column 'cat' is .*; expected 0 or 1, or -1 for unknown"):
+        train(*parse_arguments([*flags, "--output_dir", str(tmp_path / "none")]))
+    output = train(*parse_arguments([*flags, "--empty_is_unknown", "--output_dir", str(tmp_path / "model")]))
+    report = json.loads((output / "metrics.json").read_text())["test"]
+    held_out = {line["row"] for line in csv.DictReader((output / "splits.csv").open()) if line["split"] == "test"}
+    known = [
+        cell
+        for number, row in enumerate(csv.DictReader(path.open()), 2)
+        for cell in [row[label] for label in labels]
+        if f"indicators.csv:{number}" in held_out and cell == "1"
+    ]
+    assert sum(label["support"] for label in report["per_label"]) == len(known)
+
+
 def test_test_labels_choose_nothing(finished, table, monkeypatch):
     """The threshold is the best of the validation scores; the function that fits it sees no others."""
     model = FinishedModel.load(finished)

@@ -23,7 +23,9 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from .data import DataArguments
 from .evaluation import FIGURES
+from .losses import MultiLabelLoss
 from .presets import get_preset
+from .thresholds import check_objective
 
 
 def _field(default: Any, text: str, **more: Any) -> Any:
@@ -185,6 +187,13 @@ class MMClfTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"license is {self.license!r}; expected an identifier of the Hub such as mit, apache-2.0, cc-by-4.0, "
                 "or 'other' for a licence that it does not know"
+            )
+        weights = (self.positive_weight_power, self.positive_weight_cap)
+        MultiLabelLoss(self.loss, torch.ones(1), 2, *weights, self.label_smoothing_factor)  # now, not after an hour
+        check_objective(self.threshold_objective or "micro", self.threshold_beta, self.threshold_precision)
+        if self.threshold_shrinkage < 0 and self.threshold_shrinkage != -1:
+            raise ValueError(
+                f"threshold_shrinkage is {self.threshold_shrinkage}; expected at least 0, or -1 to choose"
             )
         if self.cached_views < 1:
             raise ValueError(f"cached_views is {self.cached_views}; expected at least 1")

@@ -104,16 +104,21 @@ def label_thresholds(
     return _label_cuts(scores, references, known, aim)(shrinkage)
 
 
+def check_objective(objective: str, beta: float, precision: float) -> None:
+    """`ValueError` for arguments that no search takes."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; expected one of {', '.join(OBJECTIVES)}")
+    if not 0 < beta < np.inf:
+        raise ValueError(f"beta is {beta}; expected a number above 0, 1 for F1")
+    if not 0 < precision <= 1:
+        raise ValueError(f"precision is {precision}; expected a share above 0 and up to 1")
+
+
 class _Aim:
     """What a search maximises, in counts of hits, guesses and positives."""
 
     def __init__(self, objective: str, beta: float, precision: float):
-        if objective not in OBJECTIVES:
-            raise ValueError(f"unknown objective {objective!r}; expected one of {', '.join(OBJECTIVES)}")
-        if not 0 < beta < np.inf:
-            raise ValueError(f"beta is {beta}; expected a number above 0, 1 for F1")
-        if not 0 < precision <= 1:
-            raise ValueError(f"precision is {precision}; expected a share above 0 and up to 1")
+        check_objective(objective, beta, precision)
         self.objective, self.beta, self.precision = objective, beta, precision
         self.empty = float(objective == "samples")  # of a row without labels that is given none: it is right
 

@@ -128,7 +128,7 @@ def train(
             "data_collator": cache.cached_collator,
         }
     trainer = MMClfTrainer(model=model, args=args, compute_metrics=ComputeMetrics(), **datasets)
-    trainer.criterion = _criterion(args, None if stream else train_rows).to(args.device)
+    trainer.criterion = _criterion(args, train_rows).to(args.device)
     if stream:
         seen = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json")).global_step if resume else 0
         skipped = seen * args.gradient_accumulation_steps
@@ -229,7 +229,7 @@ def build_trainer(
     if tokenizer is not None:
         tokenizer.model_max_length = min(model_args.max_tokens, model.max_tokens)
     processor = build_image_processor(model, model_args.image_size) if config.has_image else None
-    return MMClfTrainer(
+    trainer = MMClfTrainer(
         model_init=model_init,
         args=args,
         compute_metrics=ComputeMetrics(),
@@ -241,6 +241,8 @@ def build_trainer(
             tokenizer, getattr(tokenizer, "model_max_length", 0), processor and processor.size["longest_edge"]
         ),
     )
+    trainer.criterion = _criterion(args, rows).to(args.device)
+    return trainer
 
 
 def _check_streaming(args: MMClfTrainingArguments) -> None:
@@ -249,6 +251,8 @@ def _check_streaming(args: MMClfTrainingArguments) -> None:
         raise ValueError("--streaming has no epochs; give --max_steps")
     if "epoch" in (args.eval_strategy, args.save_strategy):
         raise ValueError("--streaming has no epochs; give --eval_strategy steps and --save_strategy steps")
+    if _counts_labels(args):
+        raise ValueError("--streaming never sees all labels: no --positive_weight_power, no distribution_balanced")
     if args.cache_features:
         raise ValueError("--cache_features keeps something of each row on the disk, which --streaming avoids; choose")
 
@@ -358,12 +362,14 @@ def _augmentations(args: AugmentationArguments, processor: MMClfImageProcessor |
     return image, TextAugmentation(args.swap_words, args.drop_words) if changes_words else None
 
 
-def _criterion(args: MMClfTrainingArguments, rows: Dataset | None) -> MultiLabelLoss:
+def _counts_labels(args: MMClfTrainingArguments) -> bool:
+    return args.positive_weight_power > 0 or args.loss == "distribution_balanced"
+
+
+def _criterion(args: MMClfTrainingArguments, rows: Dataset) -> MultiLabelLoss:
     """The loss that the arguments name, with the label frequencies of the training rows."""
     positives, count = None, None
-    if args.positive_weight_power or args.loss == "distribution_balanced":
-        if rows is None:
-            raise ValueError("--streaming never sees all labels: no --positive_weight_power, no distribution_balanced")
+    if _counts_labels(args):
         labels = torch.from_numpy(rows.with_format("numpy")["labels"][:])
         positives, count = (labels == 1).sum(0), len(rows)
     weights = dict(power=args.positive_weight_power, cap=args.positive_weight_cap)
