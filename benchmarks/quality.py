@@ -53,7 +53,12 @@ POSTER = {
     "cdbert-text, censity-text": "--fusion cross_text --image_tokens pooled",
     "cdbert-image, censity-image, rest": "--fusion cross_image --image_tokens pooled",
 }
-PLAIN = "--modality_dropout 0 --learned_missing false"  # what the poster's do not have
+OURS = {
+    "demo": "",
+    "demo, modality dropout": "--modality_dropout 0.2",
+    "label queries": "--fusion label_queries",
+    "label queries, modality dropout": "--fusion label_queries --modality_dropout 0.2",
+}
 ALONE = {"image": "demo-image", "text": "demo-text"}
 
 Scored = tuple[np.ndarray, np.ndarray]  # scores and multi-hot labels, (N, L) both
@@ -147,8 +152,7 @@ def without(modality: str) -> Callable[[Dataset], Dataset]:
 def fusion(options: argparse.Namespace) -> list[dict]:
     data, test = DataArguments(), demo_dataset()["test"]
     models = {preset: f"--preset {preset}" for preset in ALONE.values()}
-    models |= {name: f"--preset demo {flags} {PLAIN}" for name, flags in POSTER.items()}
-    models |= {preset: f"--preset {preset}" for preset in options.presets or ["demo"]}
+    models |= {name: f"--preset demo {flags}" for name, flags in {**POSTER, **OURS}.items()}
     lines, alone = [], {}
     for name, flags in models.items():
         both = name not in ALONE.values()
@@ -212,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=[*BENCHMARKS, "all"], help="What to measure.")
     parser.add_argument("--seeds", type=int, default=3, help="Runs of each model (default: %(default)s).")
-    parser.add_argument("--presets", nargs="+", help="Instead of ours: of captions the text presets, of fusion demo.")
+    parser.add_argument("--presets", nargs="+", help=f"Of captions (default: {' '.join(TEXT_PRESETS)}).")
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to.")
     options = parser.parse_args()
     texts = []
