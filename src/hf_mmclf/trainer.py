@@ -1,5 +1,6 @@
 """`Trainer` as this package trains: by a criterion, with learning rates by part."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,11 @@ class MMClfTrainer(Trainer):
     args: MMClfTrainingArguments
     criterion: nn.Module = MultiLabelLoss()
     train_collator: Callable | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        with warnings.catch_warnings():  # it would be Trainer's own loss that cannot smooth; the criterion can
+            warnings.filterwarnings("ignore", "Label smoothing is not compatible with multi-label")
+            super().__init__(*args, **kwargs)
 
     def compute_loss(
         self,
