@@ -1,7 +1,6 @@
 """examples/prepare_coco.py, on a hand-made miniature of COCO's annotations."""
 
 import csv
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -13,7 +12,6 @@ from PIL import Image
 from hf_mmclf import DataArguments
 from hf_mmclf.data import prepare_data
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "prepare_coco.py"
 NAMES = "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
 NAMES = (NAMES + "parking meter,bench,bird,cat,dog,horse").split(",")
 IDS = [*range(1, 12), *range(13, 20)]
@@ -44,11 +42,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("prepare_coco", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def example(load_example):
+    return load_example("prepare_coco")
 
 
 @pytest.fixture

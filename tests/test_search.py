@@ -1,8 +1,5 @@
 """examples/search.py, and the trainer that it searches with."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import yaml
@@ -12,7 +9,6 @@ from transformers import TrainerCallback
 from hf_mmclf import build_trainer, parse_arguments
 
 optuna = pytest.importorskip("optuna")
-EXAMPLE = Path(__file__).parents[1] / "examples" / "search.py"
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +21,8 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("search", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def example(load_example):
+    return load_example("search")
 
 
 @pytest.fixture(scope="module")

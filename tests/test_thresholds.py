@@ -159,8 +159,9 @@ def test_precision_is_reached_with_the_largest_recall():
             if precision_score(references.ravel(), scores.ravel() >= cut) >= precision
         ]
         assert recall_score(references.ravel(), above) == max(recalls)
-    each = label_thresholds(scores, references, 0, "precision", precision=0.8)
-    assert all(precision_score(references[:, i], scores[:, i] >= each[i]) >= 0.8 for i in range(5))
+    for shrinkage in (0, 20.0, None):
+        each = label_thresholds(scores, references, shrinkage, "precision", precision=0.8)
+        assert all(precision_score(references[:, i], scores[:, i] >= each[i]) >= 0.8 for i in range(5))
 
 
 def test_precision_that_cannot_be_reached_is_said(caplog):

@@ -89,7 +89,7 @@ def label_thresholds(
         objective (`str`, *optional*, defaults to `"macro"`):
             As in [`best_threshold`], which is asked for its threshold with `"micro"` where this is `"macro"`. What is
             best for `"micro"` and `"samples"` is found label by label, those of the others as they are, until no
-            change helps. `"precision"` holds for each label.
+            change helps. `"precision"` holds for each label, so nothing is shrunk.
         beta, precision (`float`, *optional*): As in [`best_threshold`].
 
     Returns:
@@ -224,6 +224,7 @@ def _label_cuts(
     support = (references & known).sum(0)
 
     def shrunk(shrinkage: float) -> np.ndarray:
+        shrinkage = 0.0 if aim.objective == "precision" else shrinkage
         weight = np.where(found, support / np.maximum(support + shrinkage, 1), 0.0)
         mixed = expit(weight * logit(own) + (1 - weight) * logit(common))
         return np.select([weight == 1, weight == 0], [own, np.full_like(own, common)], mixed)
