@@ -125,7 +125,7 @@ def test_what_yaml_gets_wrong_is_said(text, message, write_yaml, capsys):
         (["stray"], "unknown argument 'stray'"),
         (["--preset", "warmdbrt"], "unknown preset 'warmdbrt'; did you mean warmdbert"),
         (["--fusion", "crossed"], "(choose from 'self', 'cross_text', 'cross_image', 'concat', 'label_queries')"),
-        (["--image_tokens", "all"], "(choose from 'pooled', 'spatial')"),
+        (["--image_tokens", "all"], "(choose from 'pooled', 'spatial', 'stages')"),
         (["--bad_images", "ignore"], "(choose from 'error', 'skip', 'missing')"),
         (["--lr_scheduler_type", "cosin"], "'linear', 'cosine'"),
         (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),

@@ -17,6 +17,7 @@ BERT = dict(model_type="bert", hidden_size=24, num_hidden_layers=3)
         ),
         dict(text_backbone="some/bert", text_weights="scratch", text_pooling="mean"),
         dict(fusion="cross_image", fusion_norm=True, image_tokens="spatial", learned_missing=True),
+        dict(fusion="label_queries", fusion_heads=8, fusion_layers=2, image_tokens="stages", modality_dropout=0.2),
         dict(width=7, projection_norm=True, dropout=0.25, unfrozen_image_stages=0, unfrozen_text_layers=3),
         dict(dropout=0, threshold=1),
         dict(id2label=LABELS, label_thresholds={"label 3": 0.3, "label 11": 1, "label 0": 0}),

@@ -206,6 +206,7 @@ def test_words_that_the_model_has_not_read_have_no_weight(make):
         for tokens in ("pooled", "spatial")
     ]
     + [
+        dict(fusion="label_queries", image_tokens="stages", modality_dropout=0.2),
         dict(image_tokens="spatial", **VIT),
         dict(image_tokens="spatial", **SWIN),
         dict(image_tokens="spatial", learned_missing=True, **FROZEN),

@@ -38,7 +38,7 @@ model-index:
 `AutoModel.from_pretrained("{PLACEHOLDER}")`
 """
 PUSHED = ("configuration", "freezing", "fusion", "image_processing", "modeling", "pipeline", "processing")
-PUSHED += ("weights",)
+PUSHED += ("tokens", "weights")
 SENT = {
     *(
         "README.md",

@@ -23,7 +23,7 @@ EVERY_FUSION = [
 QUERIES = [
     dict(kind=kind, fusion="label_queries", image_tokens="spatial", fusion_layers=layers)
     for kind, layers in (("both", 1), ("both", 2), ("text", 1))
-]
+] + [dict(kind=kind, fusion="label_queries", image_tokens="stages", fusion_heads=8) for kind in ("both", "text")]
 TEXT_ONLY = [dict(kind="text", text_pooling="pooler"), dict(kind="text", text_pooling="mean")]
 
 
@@ -269,15 +269,18 @@ def test_all_absent_equals_not_given(kind, learned, tiny_model, tiny_batch):
     assert not torch.allclose(both, no_image, atol=1e-3) and not torch.allclose(both, no_text, atol=1e-3)
 
 
-def attend(attention, x, tokens):
+def by_heads(q, k, v):
     """Attention of four heads, as its definition says."""
-    weights = [part.chunk(3) for part in (attention.in_proj_weight, attention.in_proj_bias)]
-    q, k, v = (y @ w.T + b for y, w, b in zip((x, tokens, tokens), *weights, strict=True))
     heads = [
         torch.softmax(a @ b.T / math.sqrt(a.shape[1]), -1) @ c
         for a, b, c in zip(q.chunk(4, 1), k.chunk(4, 1), v.chunk(4, 1), strict=True)
     ]
-    return attention.out_proj(torch.cat(heads, 1))
+    return torch.cat(heads, 1)
+
+
+def attend(attention, x, tokens):
+    weights = [part.chunk(3) for part in (attention.in_proj_weight, attention.in_proj_bias)]
+    return attention.out_proj(by_heads(*(y @ w.T + b for y, w, b in zip((x, tokens, tokens), *weights, strict=True))))
 
 
 def decode(layer, x, memory):
@@ -288,7 +291,7 @@ def decode(layer, x, memory):
 
 @pytest.mark.parametrize("kind", ["both", "text"])
 def test_label_queries_row_by_row(kind, tiny_model, tiny_batch):
-    """Captions read pictures, labels ask both; no padding is seen, and each label has a classifier of its own."""
+    """Captions read pictures, labels ask both and what was found; no padding is seen, each label has a classifier."""
     model = scramble(tiny_model(kind, fusion="label_queries", image_tokens="spatial"))
     batch = tiny_batch(kind)
     tokens = [model.text_features(batch["input_ids"], batch["attention_mask"])]
@@ -296,12 +299,16 @@ def test_label_queries_row_by_row(kind, tiny_model, tiny_batch):
         tokens.insert(0, model.image_features(batch["pixel_values"]))
     found = logits(model, batch)
     for row in range(3):
-        projections = zip(model.fusion.projections, tokens, strict=True)
-        memory = [project(features[row][mask[row]]) for project, (features, mask) in projections]
+        seen = [features[row][mask[row]] for features, mask in tokens]
         if kind == "both":
-            memory[1] = decode(model.fusion.reader.layers[0], memory[1], memory[0])
+            grounding = model.fusion.grounding
+            q, k, v = grounding.query(seen[1]), grounding.key(seen[0]), grounding.value(seen[0])
+            seen.append(by_heads(q, k, v))
+        memory = [project(features) for project, features in zip(model.fusion.projections, seen, strict=True)]
         vectors = decode(model.fusion.decoder.layers[0], model.fusion.queries, torch.cat(memory))
         vectors = model.fusion.decoder.norm(vectors)
+        for project, features in zip(model.fusion.means, seen[-2:], strict=True):
+            vectors = vectors + project(features.mean(0))
         expected = [vectors[i] @ model.classifier.weight[i] + model.classifier.bias[i] for i in range(3)]
         torch.testing.assert_close(found[row], torch.stack(expected), atol=1e-5, rtol=1e-4)
 
@@ -501,6 +508,20 @@ def test_states_stand_for_pictures_and_captions(stages, layers, tokens, tiny_mod
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(*gradients)
     assert any("image_model" in name for name in gradients[0]) == (stages > 0)
+
+
+def test_maps_of_all_stages_are_cached_of_a_frozen_backbone_alone(tiny_model, tiny_batch):
+    batch = tiny_batch()
+    pixels = batch["pixel_values"]
+    frozen = tiny_model(unfrozen_image_stages=0, image_tokens="stages")
+    states = dict(image_states=frozen.image_states(pixels), pixel_values=None)
+    torch.testing.assert_close(logits(frozen, batch | states), logits(frozen, batch))
+    partly = tiny_model(unfrozen_image_stages=1, image_tokens="stages").train()
+    assert partly.image_states(pixels) is None  # the stages that train would lack the maps of the others
+    partly(**batch, labels=torch.eye(3)).loss.backward()
+    touched = {name for name, parameter in partly.image_model.named_parameters() if parameter.grad is not None}
+    assert touched == trained_names(partly.image_model)
+    assert {name.split(".")[1] for name in touched} == {"transition3", "denseblock4", "norm5"}
 
 
 def test_what_cannot_be_cut_has_no_states(tiny_model, tiny_batch):

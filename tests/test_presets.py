@@ -146,7 +146,7 @@ def test_ours_fit_their_size_and_train_whole(name, megabytes):
 def test_demo(name):
     config = config_from_preset(name, num_labels=4)
     model = MMClfForImageTextClassification(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) < 600_000
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
     output = model(**inputs(config), labels=torch.ones(2, 4))
     assert output.logits.shape == (2, 4)
     output.loss.backward()

@@ -27,7 +27,7 @@ KINDS = ["both", "image", "text"]
 
 def test_these_files_are_pushed():
     names = ["configuration", "freezing", "fusion", "image_processing", "modeling", "pipeline", "processing"]
-    names += ["weights"]
+    names += ["tokens", "weights"]
     assert [file.stem for file in SOURCES] == [f"{name}_mmclf" for name in names]
 
 

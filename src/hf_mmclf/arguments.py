@@ -48,12 +48,13 @@ class ModelArguments:
         None, "How pictures and captions meet. cross_text: text asks, pictures answer; label_queries: each label asks."
     )
     fusion_layers: int | None = _field(None, "Decoder layers of label_queries.")
+    fusion_heads: int | None = _field(None, "Heads of label_queries; a divisor of the width.")
     fusion_norm: bool | None = _field(None, "Scale and normalise tokens after attention.", nargs="?", const=True)
     projection_norm: bool | None = _field(
         None, "BatchNorm, ReLU and dropout after each modality's projection.", nargs="?", const=True
     )
-    image_tokens: Literal["pooled", "spatial"] | None = _field(
-        None, "What of a picture the fusion sees: one vector, or one for each cell of the last map."
+    image_tokens: Literal["pooled", "spatial", "stages"] | None = _field(
+        None, "What of a picture the fusion sees: one vector, the last map's cells, or what all stages have there."
     )
     width: int | None = _field(None, "Size of each modality's vector before the classifier.")
     dropout: float | None = _field(None, "Dropout probability before the classifier.")

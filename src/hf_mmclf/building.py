@@ -16,8 +16,8 @@ def build_config(args: ModelArguments) -> MMClfConfig:
     """The preset's configuration with what the arguments change; labels and vocabulary are still open."""
     if args.preset is None:
         raise ValueError("ModelArguments.preset is None; name a preset, or let parse_arguments choose one")
-    names = ("fusion", "fusion_layers", "fusion_norm", "projection_norm", "image_tokens", "width", "dropout")
-    names += ("learned_missing", "modality_dropout")
+    names = ("fusion", "fusion_layers", "fusion_heads", "fusion_norm", "projection_norm", "image_tokens", "width")
+    names += ("dropout", "learned_missing", "modality_dropout")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in ("unfrozen_image_stages", "unfrozen_text_layers"):
         if getattr(args, name) is not None:

@@ -173,14 +173,19 @@ def _parts(config: MMClfConfig, training: Mapping[str, Any]) -> list[str]:
             parts[-1].append(f"Tokenizer: {escape(training['tokenizer'])}.")
         parts[-1] += [_start(config.text_weights), _frozen(config.unfrozen_text_layers, "layer")]
     if config.has_image and config.has_text:
-        image_tokens = {"pooled": "one pooled vector", "spatial": "each cell of the last feature map"}
+        image_tokens = {
+            "pooled": "one pooled vector",
+            "spatial": "each cell of the last feature map",
+            "stages": "each cell of the last feature map with what all finer maps have there",
+        }
         attention = {
             "self": "single-head attention of each modality to itself",
             "cross_text": "single-head attention in which the caption's tokens ask and the picture's answer",
             "cross_image": "single-head attention in which the picture's tokens ask and the caption's answer",
             "concat": "no attention",
-            "label_queries": "one learned query for each label attends to the tokens of both, through "
-            f"{config.fusion_layers} decoder layer{'s' if config.fusion_layers > 1 else ''} of width {config.width}",
+            "label_queries": "one learned query for each label attends to the tokens of both and to what the "
+            f"caption's find in the picture, through {config.fusion_layers} decoder "
+            f"layer{'s' if config.fusion_layers > 1 else ''} of width {config.width} with {config.fusion_heads} heads",
         }
         norm = "The tokens are scaled by a learned vector and layer-normalised." if config.fusion_norm else None
         after = ", with BatchNorm and ReLU," if config.projection_norm else ""

@@ -31,13 +31,15 @@ class MMClfConfig(PreTrainedConfig):
         fusion (`str`, *optional*, defaults to `"self"`):
             How the two modalities meet. `"self"`: each attends to itself; `"cross_text"`: text queries over image
             tokens; `"cross_image"`: image queries over text tokens; `"concat"`: no attention. `"label_queries"`: one
-            learned query for each label attends to the tokens of both, or of the one modality that there is.
+            learned query for each label attends to the tokens of both and to what the text finds in the picture, or
+            to the tokens of the one modality that there is.
         fusion_layers, fusion_heads (`int`, *optional*, default to 1 and 4):
-            Only for `"label_queries"`: decoder layers, and heads of their attention.
+            Only for `"label_queries"`: decoder layers, and heads of all its attention.
         fusion_norm (`bool`, *optional*, defaults to `False`):
             Whether attended tokens are scaled by a learned vector and layer-normalised before their mean.
         image_tokens (`str`, *optional*, defaults to `"pooled"`):
-            `"pooled"`: the pooled vector is the only token; `"spatial"`: each cell of the last feature map is one.
+            `"pooled"`: the pooled vector is the only token; `"spatial"`: each cell of the last feature map is one;
+            `"stages"`: each of these cells with what the last map of every finer resolution has there.
         width (`int`, *optional*, defaults to 512):
             Size to which each modality is projected before the classifier.
         projection_norm (`bool`, *optional*, defaults to `False`):
@@ -75,7 +77,7 @@ class MMClfConfig(PreTrainedConfig):
     fusion_norm: bool = False
     fusion_layers: int = 1
     fusion_heads: int = 4
-    image_tokens: Literal["pooled", "spatial"] = "pooled"
+    image_tokens: Literal["pooled", "spatial", "stages"] = "pooled"
     width: int = 512
     projection_norm: bool = False
     dropout: float | int = 0.0

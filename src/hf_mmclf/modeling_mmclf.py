@@ -15,6 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from .configuration_mmclf import MMClfConfig
 from .freezing_mmclf import cut, frozen_image_modules, frozen_text_modules, pooling_modules
 from .fusion_mmclf import Fusion, LabelClassifier, LabelQueries, ScaleNorm, StandIn, masked_mean, projection
+from .tokens_mmclf import image_tokens, image_width
 from .weights_mmclf import load_image_weights, load_text_weights
 
 
@@ -58,8 +59,7 @@ class MMClfForImageTextClassification(PreTrainedModel):
         if config.has_image:
             args = config.image_backbone_args or {}
             self.image_model = timm.create_model(config.image_backbone, num_classes=0, **args)
-            pooled = self._image_is_pooled
-            image_width = self.image_model.head_hidden_size if pooled else self.image_model.num_features
+            picture_width = image_width(self.image_model, self._token_kind)
             if next(self.image_model.parameters()).device.type != "meta":
                 self._timm_made = frozenset(map(id, self.image_model.modules()))
             self._frozen["image"] = frozen_image_modules(self.image_model, config.unfrozen_image_stages)
@@ -77,17 +77,17 @@ class MMClfForImageTextClassification(PreTrainedModel):
         queries = config.fusion == "label_queries"
         if both:
             learned = config.learned_missing or config.modality_dropout > 0
-            self.missing_image, self.missing_text = StandIn(image_width, learned), StandIn(text_width, learned)
+            self.missing_image, self.missing_text = StandIn(picture_width, learned), StandIn(text_width, learned)
         if queries:
-            widths = ([image_width] if config.has_image else []) + ([text_width] if config.has_text else [])
+            widths = ([picture_width] if config.has_image else []) + ([text_width] if config.has_text else [])
             self.fusion = LabelQueries(config, widths)
         elif both:
-            self.fusion = Fusion(config, image_width, text_width)
-            self.image_projection = projection(config, image_width)
+            self.fusion = Fusion(config, picture_width, text_width)
+            self.image_projection = projection(config, picture_width)
             self.text_projection = projection(config, text_width)
             classifier_width = 2 * config.width
         else:
-            classifier_width = image_width if config.has_image else text_width
+            classifier_width = picture_width if config.has_image else text_width
         self.dropout = nn.Dropout(0.0 if both and config.projection_norm else config.dropout)
         if queries:
             self.classifier = LabelClassifier(config.width, config.num_labels)
@@ -141,7 +141,7 @@ class MMClfForImageTextClassification(PreTrainedModel):
         for module in (*self._frozen["image"], *self._frozen["text"]):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-        if self.config.has_image and not self._image_is_pooled:
+        if self.config.has_image and self._token_kind != "pooled":
             for module in pooling_modules(self.image_model):  # DDP takes no parameter that nothing uses
                 module.requires_grad_(False)
 
@@ -219,20 +219,16 @@ class MMClfForImageTextClassification(PreTrainedModel):
                 module.register_forward_pre_hook(partial(once, momentum=module.momentum))
 
     @property
-    def _image_is_pooled(self) -> bool:
+    def _token_kind(self) -> str:
         config = self.config
-        return config.image_tokens == "pooled" or not (config.has_text or config.fusion == "label_queries")
+        return config.image_tokens if config.has_text or config.fusion == "label_queries" else "pooled"
 
     def _image_tokens(self, backbone: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-        features = backbone.forward_features(pixel_values)
-        if self._image_is_pooled:
-            return backbone.forward_head(features, pre_logits=True).unsqueeze(1)
-        if features.ndim == 4:  # timm's CNNs give NCHW, its hierarchical transformers NHWC
-            channels_last = features.shape[1] != backbone.num_features
-            return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
-        return features[:, getattr(backbone, "num_prefix_tokens", 0) :]
+        return image_tokens(backbone, pixel_values, self._token_kind)
 
     def _image_halves(self, example: torch.Tensor) -> tuple[nn.Module, nn.Module] | None:
+        if self._token_kind == "stages":
+            return None  # the second half would lack the maps of the first
         if "image" not in self._halves:
             self._halves["image"] = cut(
                 self.image_model,

@@ -62,6 +62,9 @@ FROZEN = dict(unfrozen_image_stages=0, unfrozen_text_layers=0)
 WARM = dict(fusion="self", fusion_norm=True, unfrozen_image_stages=1, unfrozen_text_layers=1)
 WARMER = dict(fusion="self", fusion_norm=True, unfrozen_image_stages=2, unfrozen_text_layers=2)
 
+# Ours: each label asks the picture's cells, at all resolutions, the caption's words and what these find there.
+_QUERIES = dict(fusion="label_queries", fusion_heads=8, image_tokens="stages", modality_dropout=0.2)
+
 # What all recipes share: small steps for pretrained parts, larger ones for what starts from nothing.
 _FINE_TUNE = dict(
     learning_rate=1e-3,
@@ -90,8 +93,8 @@ _TEXT = _FINE_TUNE | dict(learning_rate=5e-4, backbone_learning_rate=5e-4, num_t
 _DEMO = _FINE_TUNE | dict(
     learning_rate=2e-3,
     backbone_learning_rate=2e-3,
-    num_train_epochs=10,
-    early_stopping_patience=5,
+    num_train_epochs=15,
+    early_stopping_patience=8,  # which word means what in the picture is learned late and at once
     from_scratch=True,
     tokenizer="train",
     vocab_size=1000,
@@ -209,12 +212,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 image_backbone="convnext_pico.d1_in1k",
                 text_backbone="microsoft/xtremedistil-l6-h256-uncased",
                 text_config=_bert(256, 6, 8, 1024),
-                fusion="label_queries",
-                fusion_heads=8,
-                image_tokens="spatial",
+                **_QUERIES,
                 width=256,
                 dropout=0.1,
-                modality_dropout=0.2,
             ),
             _FINE_TUNE,
         ),
@@ -234,7 +234,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         ),
         # -- our own, small enough to learn the embedded data set from scratch on two cores ----------------------
         "demo": Preset(
-            dict(**_DEMO_IMAGE, **_DEMO_TEXT, fusion="cross_text", image_tokens="spatial", width=128),
+            dict(**_DEMO_IMAGE, **_DEMO_TEXT, **_QUERIES, width=128),
             _DEMO,
         ),
         "demo-image": Preset(_DEMO_IMAGE, _DEMO),
