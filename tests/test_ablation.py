@@ -111,3 +111,7 @@ def test_figures_use_the_thresholds_of_the_configuration(tiny_config):
     assert found == dict.fromkeys(
         ABLATIONS, {"f1": pytest.approx(2 / 3), "f1_macro": pytest.approx((1 + 0 + 2 / 3) / 3)}
     )
+    config.missing_thresholds = {"text": 0.05, "image": 0.95}  # which the ablated rows lack
+    found = ablation_figures(lambda change: scores, rows, references, config)
+    assert found["image_only"]["f1"] == pytest.approx(8 / 10)
+    assert found["text_only"]["f1"] == 0 and found["shuffled_captions"]["f1"] == pytest.approx(2 / 3)

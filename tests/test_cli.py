@@ -151,7 +151,7 @@ class TestEvaluate:
         out = capsys.readouterr().out
         finished = FinishedModel.load(folders["both"])
         rows, scores, config = scores_of(folders["both"], table)
-        expected = {"train": report(scores, references_of(range(5)), config, CAPTIONS)}
+        expected = {"train": report(scores, references_of(range(5)), config, rows)}
         expected["train"]["ablations"] = finished.evaluate(rows, here)["ablations"]
         written = json.loads((here / "new" / "metrics.json").read_text())
         assert written == json.loads(json.dumps(expected))
@@ -178,10 +178,9 @@ class TestEvaluate:
         (folder / "splits.csv").write_text("split,row\n" + "".join(lines))
         main(["evaluate", "model", "--data", "train.csv", *flags])
         figures = json.loads((here / "metrics.json").read_text())
-        _, scores, config = scores_of(folder, table, rows)
+        own, scores, config = scores_of(folder, table, rows)
         assert list(figures) == [name]
-        texts = [CAPTIONS[row] for row in rows]
-        assert figures[name] == json.loads(json.dumps(report(scores, references_of(rows), config, texts)))
+        assert figures[name] == json.loads(json.dumps(report(scores, references_of(rows), config, own)))
 
     def test_unlabelled_rows(self, folders, here, capsys):
         table = write_table(here, "test.csv", labelled=False)

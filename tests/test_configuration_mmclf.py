@@ -59,6 +59,11 @@ def test_text_config_round_trip(text_config, kind, hidden, tmp_path):
         (dict(threshold="0.5"), "threshold"),
         (dict(id2label=LABELS, label_thresholds={"label 1": -0.1}), r"threshold of 'label 1' is -0\.1"),
         (dict(id2label=LABELS, label_thresholds={"lable 1": 0.1}), r"unknown labels \['lable 1'\]"),
+        (
+            dict(missing_thresholds={"images": 0.1}),
+            r"missing_thresholds has the keys \['images'\]; expected image and",
+        ),
+        (dict(missing_thresholds={"text": 1.1}), r"threshold of 'text' is 1\.1"),
         (dict(id2label={0: "a", 1: "a"}), "two labels one name"),
         (dict(id2label={1: "a", 3: "b"}), r"keys \[1, 3\]; expected 0 to 1"),
         (dict(num_labels=3, label_ids=["1"]), "label_ids has 1 entries; expected 3"),
@@ -86,6 +91,13 @@ def test_thresholds_follow_the_logits(id2label, tmp_path):
     for config in (made, MMClfConfig.from_pretrained(tmp_path)):
         assert config.thresholds == expected
         assert all(type(value) is float for value in config.thresholds)
+
+
+def test_rows_that_lack_something_have_a_threshold_of_their_own(tmp_path):
+    MMClfConfig(num_labels=2, threshold=0.4, missing_thresholds={"image": 0.2}).save_pretrained(tmp_path)
+    config = MMClfConfig.from_pretrained(tmp_path)
+    assert config.thresholds == config.thresholds_for(text=False) == [0.4, 0.4]  # none was fitted for these
+    assert config.thresholds_for(image=False) == [0.2, 0.2]
 
 
 def test_auto_config_knows_it():

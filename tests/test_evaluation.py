@@ -12,6 +12,7 @@ from hf_mmclf.arguments import FIGURES
 from hf_mmclf.bootstrap import f1_intervals
 from hf_mmclf.evaluation import (
     ComputeMetrics,
+    decisions,
     label_names,
     prediction_lines,
     report,
@@ -28,6 +29,11 @@ THRESHOLDS = {"global": dict(threshold=0.3), "per label": dict(threshold=0.3, la
 
 def config_of(**fields):
     return MMClfConfig(image_backbone="resnet18", id2label=NAMES, label_ids=["1", "3", "10"], **fields)
+
+
+def captioned(texts):
+    """Rows with these captions, each with a picture."""
+    return Dataset.from_dict({"image": ["a.jpg"] * len(texts), "text": texts})
 
 
 @pytest.fixture
@@ -113,14 +119,35 @@ def test_report_table_has_each_figure_in_its_place(labelled):
 
 def test_report_says_how_sure_it_is_and_which_rows_are_hard(labelled):
     scores, references = labelled
-    config, texts = config_of(**THRESHOLDS["per label"]), ["two words", None, "one " * 12, "w"] * 10
-    figures = report(scores, references, config, texts)
+    config = config_of(**THRESHOLDS["per label"], text_config=dict(model_type="bert"))
+    texts = ["two words", None, "one " * 12, "w"] * 10
+    figures = report(scores, references, config, captioned(texts))
     predicted = scores >= [0.3, 0.3, 0.7]
     assert figures["intervals"] == f1_intervals(predicted, references)
     assert figures["by_label_count"] == by_label_count(predicted, references)
     assert figures["by_caption_length"] == by_caption_length(predicted, references, texts)
     assert "by_caption_length" not in report(scores, references, config)
+    assert "by_caption_length" not in report(scores, references, config_of(), captioned(texts))
     assert json.loads(json.dumps(figures)) == figures
+
+
+def test_rows_that_lack_something_have_their_own_thresholds(labelled, tmp_path):
+    scores, references = labelled
+    config = config_of(
+        threshold=0.3, text_config=dict(model_type="bert"), missing_thresholds={"image": 0.6, "text": 1}
+    )
+    images, texts = ["a.jpg", None, "a.jpg", "a.jpg"] * 10, ["a", "b", None, "c"] * 10
+    rows = Dataset.from_dict({"image": images, "text": texts, "where": [str(row) for row in range(40)]})
+    hits = scores.astype(float) >= np.array([0.3, 0.6, 1, 0.3] * 10)[:, None]
+    figures = report(scores, references, config, rows)
+    assert figures["fitted"]["f1"] == pytest.approx(f1_score(references, hits, average="micro"))
+    by_label = f1_score(references, hits, average=None)
+    assert [row["f1"] for row in figures["per_label"]] == pytest.approx(list(by_label))
+    assert [row["threshold"] for row in figures["per_label"]] == [0.3] * 3  # those of rows that lack nothing
+    assert np.array_equal(decisions(scores, config, rows), hits)
+    write_predictions(tmp_path / "p.jsonl", rows, scores, config)
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [sorted(line["labels"]) for line in lines] == [sorted(np.array([*NAMES.values()])[row]) for row in hits]
 
 
 class TestWarnings:
@@ -143,8 +170,8 @@ class TestWarnings:
 
 def test_text_of_reports_has_the_rows_of_the_last_split(labelled):
     scores, references = labelled
-    config = config_of(threshold=0.9)
-    reports = {name: report(scores, references, config, ["a dog"] * 40) for name in ("validation", "test")}
+    config = config_of(threshold=0.9, text_config=dict(model_type="bert"))
+    reports = {name: report(scores, references, config, captioned(["a dog"] * 40)) for name in ("validation", "test")}
     text = report_text(reports)
     assert text.startswith(report_table(reports)) and "\n\nOf the test rows:\n\nrows with" in text
     for title, key in (("labels: 2", "by_label_count"), ("words of the caption: 1-8", "by_caption_length")):

@@ -263,7 +263,8 @@ def test_figures_are_what_the_model_says_without_the_part(make, fields):
 
 
 def test_scores_are_those_of_the_pipeline(tmp_path):
-    folder = write_folder(tmp_path, threshold=0.3, label_thresholds={"dog": 0.9}, learned_missing=True)
+    thresholds = dict(threshold=0.3, label_thresholds={"dog": 0.9}, missing_thresholds={"image": 0.2})
+    folder = write_folder(tmp_path, **thresholds, learned_missing=True)
     pipe, image = hf_mmclf.pipeline(folder), noise()
     both, seen, read = (
         {entry["label"]: entry["score"] for entry in pipe(row, return_all_scores=True)}
@@ -274,6 +275,7 @@ def test_scores_are_those_of_the_pipeline(tmp_path):
         figures = (explanation.score, explanation.score_without_text, explanation.score_without_image)
         assert figures == pytest.approx((score, seen[label], read[label]), abs=1e-6)
         assert explanation.threshold == (0.9 if label == "dog" else 0.3)
+    assert explain(pipe, text=CAPTION, label="dog").threshold == 0.2
     assert explain(pipe, image=image, text=CAPTION).label == max(both, key=both.get)
     assert explain(FinishedModel.load(folder), text=CAPTION, label="dog").score == pytest.approx(read["dog"], abs=1e-6)
     assert explain(pipe, image=image, text=" \n", label="dog").score == pytest.approx(seen["dog"], abs=1e-6)

@@ -29,7 +29,7 @@ def exported(tmp_path_factory):
     """A model of both modalities with its two ONNX files: the finished model, the rows and the report."""
     torch.manual_seed(0)
     fields = dict(fusion="cross_text", image_tokens="spatial", fusion_norm=True, learned_missing=True)
-    fields |= dict(threshold=0.45, label_thresholds={"dog": 0.3})
+    fields |= dict(threshold=0.45, label_thresholds={"dog": 0.3}, missing_thresholds={"image": 0.2, "text": 0.6})
     finished, rows, folder = load(tmp_path_factory.mktemp("both"), **fields)
     return finished, rows, export_onnx(finished, quantize=True, rows=rows, folder=folder)
 
@@ -58,6 +58,7 @@ def test_file_tells_everything_but_where_it_was_made(exported):
         assert record["labels"] == ["person", "traffic light", "dog"]
         assert record["label_ids"] == ["1", "3", "10"]
         assert record["thresholds"] == [0.45, 0.45, 0.3]
+        assert record["missing_thresholds"] == {"image": 0.2, "text": 0.6}
         assert record["image"]["size"] == 32
         assert record["tokenizer"]["truncation"]["max_length"] == 16
         shapes = {

@@ -156,6 +156,7 @@ stub (float[batch, 3, 8, 8] pixel_values, bool[batch] image_mask,
 @pytest.fixture(scope="module")
 def stub_file(tmp_path_factory):
     record = {"labels": ["bright", "wordy"], "label_ids": ["1", "2"], "thresholds": [0.4, 0.9]}
+    record["missing_thresholds"] = {"image": 1.0}
     record["image"] = {"size": 8, "resample": 3, "scale": 1 / 255, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
     record["tokenizer"] = spec_of(BertTokenizer(vocab=VOCABULARY).backend_tokenizer)
     model = onnx.parser.parse_model(GRAPH)
@@ -188,6 +189,14 @@ def test_labels_reach_their_own_thresholds_and_the_most_likely_comes_first(stub)
     assert [[label for label, _ in row] for row in found] == [["wordy", "bright"], ["wordy"], ["bright"]]
     score = 1 / (1 + np.exp(-stub.logits(white)[0, 0]))
     assert found[2] == [("bright", pytest.approx(score, rel=1e-6))]
+
+
+def test_rows_that_lack_something_have_their_own_thresholds(stub):
+    white = Image.new("RGB", (8, 8), "white")
+    expected = [[0.4, 0.9], [1, 1], [0.4, 0.9]]  # for rows without a caption none was fitted
+    np.testing.assert_array_equal(stub.thresholds([white, None, white], ["a dog", "a dog", " "]), expected)
+    assert stub.thresholds([], []).shape == (0, 2)
+    assert [len(row) for row in stub.labels([white, None], ["a dog", "a dog"])] == [2, 0]
 
 
 def test_pictures_are_files_or_paths_too(stub, tmp_path):

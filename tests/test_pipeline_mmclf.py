@@ -213,6 +213,17 @@ def test_thresholds(pipe, records, expected):
     assert close(pipe(records), above(expected, 0.4))  # nothing is remembered
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_rows_that_lack_something_have_their_own_thresholds(batch_size, pipe, records, monkeypatch):
+    monkeypatch.setattr(pipe.model.config, "missing_thresholds", {"image": 0.0, "text": 1.0})
+    rows = [records[0], {"text": records[1]["text"]}, {"image": records[2]["image"], "text": " "}] * 2
+    whole, read, seen = pipe(rows, batch_size=batch_size)[:3]
+    assert close(whole, pipe(records[0])) and len(read) == 3 and not seen
+    read, seen = pipe(rows, batch_size=batch_size, threshold={"dog": 0})[4:]
+    assert len(read) == 3 and [row["label"] for row in seen] == ["dog"]
+    assert len(pipe(rows[2], threshold=0.0)) == 3 and not pipe(rows[1], threshold=1.0)
+
+
 def test_top_k(pipe, records, expected):
     assert close(pipe(records, top_k=2), [result[:2] for result in expected])
     assert close(pipe(records, top_k=9), expected)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.loss import DistributionBalancedLoss
 from transformers import AutoModel, TrainerCallback
 
 from hf_mmclf import (
@@ -25,6 +26,7 @@ from hf_mmclf import (
     train,
     training,
 )
+from hf_mmclf.data import PreparedData
 from hf_mmclf.plots import PLOTS
 from hf_mmclf.presets import config_from_preset
 from hf_mmclf.thresholds import best_threshold
@@ -82,16 +84,14 @@ def finished(table, tmp_path_factory) -> Path:
     return run(table, output, *flags)
 
 
-def evaluate(folder: Path, table: Path, split: str) -> dict:
+def open_finished(folder: Path, table: Path) -> tuple[FinishedModel, PreparedData]:
+    columns = dict(image_column="file", text_column="words", label_column="tags")
     finished = FinishedModel.load(folder)
-    args = DataArguments(
-        str(table),
-        image_dir=str(table.parent / "pictures"),
-        image_column="file",
-        text_column="words",
-        label_column="tags",
-    )
-    prepared = finished.prepare(args)
+    return finished, finished.prepare(DataArguments(str(table), image_dir=str(table.parent / "pictures"), **columns))
+
+
+def evaluate(folder: Path, table: Path, split: str) -> dict:
+    finished, prepared = open_finished(folder, table)
     return finished.evaluate(finished.choose_split(prepared, split)[1], prepared.folder)
 
 
@@ -156,7 +156,21 @@ def test_reports_of_a_run_in_half_precision_are_those_of_its_users(table, tmp_pa
     assert evaluate(output, table, "test")["fitted"] == pytest.approx(recorded["test"]["fitted"], abs=1e-6)
 
 
-def test_losses_thresholds_and_calibration_by_flags(table, tmp_path, finished):
+def missing_thresholds_of(output, table, objective, beta):
+    """Of the validation rows that lack nothing, once their pictures or captions are taken away."""
+    finished, prepared = open_finished(output, table)
+    rows = finished.choose_split(prepared, "validation")[1].filter(lambda row: row["image"] and row["text"])
+    found = {}
+    for column in ("image", "text"):
+        rest = rows.map(lambda row, column=column: {column: None}, load_from_cache_file=False)
+        scores = finished.scores(rest, prepared.folder)
+        found[column] = best_threshold(scores, np.array(rows["labels"]), objective, beta=beta)
+    return found
+
+
+def test_losses_thresholds_and_calibration_by_flags(table, tmp_path, monkeypatch):
+    calls, forward = [], DistributionBalancedLoss.forward
+    monkeypatch.setattr(DistributionBalancedLoss, "forward", lambda *args: calls.append(args) or forward(*args))
     flags = ["--loss", "distribution_balanced", "--positive_weight_power", "0.5", "--label_smoothing_factor", "0.1"]
     flags += ["--calibrate", "--label_thresholds", "--threshold_objective", "samples", "--threshold_shrinkage", "-1"]
     flags += ["--fusion", "label_queries", "--modality_dropout", "0.3", "--drop_words", "0.2", "--threshold_beta", "2"]
@@ -170,9 +184,10 @@ def test_losses_thresholds_and_calibration_by_flags(table, tmp_path, finished):
     assert "each label attends to the tokens of both" in card and "with probability 0.3" in card
     model = FinishedModel.load(output).model
     assert model.config.modality_dropout == 0.3 and model.missing_image.vector is not None
-    losses = [e["loss"] for e in record["history"] if "loss" in e]
-    plain = [e["loss"] for e in json.loads((finished / "training.json").read_text())["history"] if "loss" in e]
-    assert losses[0] != pytest.approx(plain[0], rel=0.05)  # another loss indeed
+    assert missing_thresholds_of(output, table, "samples", 2) == pytest.approx(model.config.missing_thresholds)
+    assert recorded["missing_thresholds"] == model.config.missing_thresholds
+    assert "In rows without a picture it is" in card
+    assert len(calls) > record["history"][-1]["step"] > 0
 
 
 def test_unknown_labels_train_and_evaluate(table, tmp_path):
@@ -340,7 +355,7 @@ def test_rows_without_a_picture_or_caption_get_learned_stand_ins(tmp_path, capsy
 
 @pytest.mark.parametrize("projection_norm, batches", [(True, 2), (False, 3)])
 def test_training_leaves_out_a_last_row_alone_where_batchnorm_could_not_use_it(projection_norm, batches, tmp_path):
-    config = config_from_preset("demo", projection_norm=projection_norm, num_labels=2)
+    config = config_from_preset("demo", fusion="concat", projection_norm=projection_norm, num_labels=2)
     args = parse_arguments(["--output_dir", str(tmp_path), "--per_device_train_batch_size", "4", *TINY])[3]
     args.per_device_eval_batch_size = 4
     rows = [{"labels": [0.0, 1.0]}] * 9

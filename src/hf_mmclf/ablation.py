@@ -12,6 +12,8 @@ from .metrics import MultiLabelMetric
 
 # Each ablation, in the order of the reports, and what it is called there.
 ABLATIONS = {"image_only": "pictures only", "text_only": "captions only", "shuffled_captions": "shuffled captions"}
+# What is absent in some of them.
+ABSENT = {"image_only": "text", "text_only": "image"}
 
 Transform = Callable[[Mapping[str, list]], dict[str, list]]
 
@@ -62,8 +64,8 @@ def ablation_figures(
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """
-    F1 of each of [`ablations`] at the model's own thresholds. A modality that makes no difference is not used; one
-    without which little is left may be all that is.
+    F1 of each of [`ablations`] at the model's own thresholds for such rows. A modality that makes no difference is not
+    used; one without which little is left may be all that is.
 
     Args:
         score (`Callable`): From an ablation to the scores, `(rows, labels)`, of the rows that it changes.
@@ -77,9 +79,8 @@ def ablation_figures(
     """
     result = {}
     for name, change in ablations(rows, seed).items():
-        figures = MultiLabelMetric().compute(
-            predictions=score(change), references=references, threshold=config.thresholds
-        )
+        thresholds = config.thresholds_for(**{ABSENT[name]: False} if name in ABSENT else {})
+        figures = MultiLabelMetric().compute(predictions=score(change), references=references, threshold=thresholds)
         result[name] = {average: figures[average] for average in ("f1", "f1_macro")}
     return result
 

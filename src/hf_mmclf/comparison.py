@@ -58,7 +58,7 @@ def compare(
     rows = [own.select([place[where] for where in shared]) for own, place in zip(rows, places, strict=True)]
     references = references_of(rows[0])
     predicted_a, predicted_b = (
-        decisions(model.scores(own, found.folder, batch_size), model.model.config)
+        decisions(model.scores(own, found.folder, batch_size), model.model.config, own)
         for model, own, found in zip((a, b), rows, prepared, strict=True)
     )
     predicted_b = predicted_b[:, order]

@@ -59,6 +59,9 @@ class MMClfConfig(PreTrainedConfig):
             A label is predicted when its score (sigmoid of its logit) is at least this.
         label_thresholds (`dict[str, float]`, *optional*):
             Thresholds by label name that win over `threshold`.
+        missing_thresholds (`dict[str, float]`, *optional*):
+            One threshold for all labels of a row without a picture (key `"image"`), one without a caption (`"text"`).
+            Who sees less is less sure, and the threshold of the best F1 is half that F1 (Lipton et al. 2014).
         label_ids (`list[str]`, *optional*):
             How the labels are written in the data, where that differs from their names in `id2label`.
     """
@@ -87,6 +90,7 @@ class MMClfConfig(PreTrainedConfig):
     unfrozen_text_layers: int | None = None
     threshold: float | int = 0.5
     label_thresholds: dict[str, float | int] | None = None
+    missing_thresholds: dict[str, float | int] | None = None
     label_ids: list[str] | None = None
     problem_type: str | None = "multi_label_classification"
 
@@ -121,7 +125,10 @@ class MMClfConfig(PreTrainedConfig):
         unknown = [name for name in self.label_thresholds or {} if name not in names]
         if unknown:
             raise ValueError(f"label_thresholds names unknown labels {unknown}; expected some of {names}")
-        for name, value in {"threshold": self.threshold, **(self.label_thresholds or {})}.items():
+        if unknown := sorted(set(self.missing_thresholds or {}) - {"image", "text"}):
+            raise ValueError(f"missing_thresholds has the keys {unknown}; expected image and text, or one of them")
+        values = {"threshold": self.threshold, **(self.label_thresholds or {}), **(self.missing_thresholds or {})}
+        for name, value in values.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"threshold of {name!r} is {value}; expected a probability in [0, 1]")
 
@@ -137,7 +144,15 @@ class MMClfConfig(PreTrainedConfig):
 
     @property
     def thresholds(self) -> list[float]:
-        """`list[float]`: One threshold for each label, in the order of the logits."""
+        """`list[float]`: One threshold for each label, in the order of the logits, of rows that lack nothing."""
+        return self.thresholds_for()
+
+    def thresholds_for(self, image: bool = True, text: bool = True) -> list[float]:
+        """One threshold for each label, in the order of the logits, of rows with or without a picture or caption."""
+        absent = [name for name, there in (("image", image), ("text", text)) if not there]
+        for name in absent:
+            if name in (self.missing_thresholds or {}):
+                return [float(self.missing_thresholds[name])] * self.num_labels
         names = [self.id2label[i] for i in range(self.num_labels)]
         return [float((self.label_thresholds or {}).get(name, self.threshold)) for name in names]
 

@@ -15,6 +15,7 @@ from transformers import EvalPrediction
 from .ablation import ABLATIONS
 from .bootstrap import f1_intervals
 from .configuration_mmclf import MMClfConfig
+from .data import picture_paths
 from .metrics import MultiLabelMetric, metrics_table, per_label_report
 from .subgroups import by_caption_length, by_label_count
 from .thresholds import best_threshold
@@ -30,9 +31,23 @@ def label_names(config: MMClfConfig) -> list[str]:
     return [config.id2label[i] for i in range(config.num_labels)]
 
 
-def decisions(scores: np.ndarray, config: MMClfConfig) -> np.ndarray:
-    """Which labels are predicted by the configuration's thresholds: bool, `(rows, labels)` as the scores are."""
-    return scores.astype(np.float64) >= np.array(config.thresholds)
+def thresholds_of(config: MMClfConfig, rows: Dataset | None = None) -> np.ndarray:
+    """
+    The configuration's thresholds, `(labels,)`, or `(rows, labels)` where rows that lack something have others.
+
+    Args:
+        config ([`MMClfConfig`]): With the thresholds.
+        rows (`Dataset`, *optional*): Columns `image` and `text`; `None` for rows that lack nothing.
+    """
+    if rows is None or not config.missing_thresholds:
+        return np.array(config.thresholds)
+    found = zip(picture_paths(rows), rows["text"][:], strict=True)
+    return np.array([config.thresholds_for(image is not None, text is not None) for image, text in found])
+
+
+def decisions(scores: np.ndarray, config: MMClfConfig, rows: Dataset | None = None) -> np.ndarray:
+    """Which labels are predicted by [`thresholds_of`] the rows: bool, `(rows, labels)` as the scores are."""
+    return scores.astype(np.float64) >= thresholds_of(config, rows)
 
 
 # Figures of an evaluation that may choose the best checkpoint: more is better, but for the loss.
@@ -58,7 +73,7 @@ class ComputeMetrics:
 
 
 def report(
-    scores: np.ndarray, references: np.ndarray, config: MMClfConfig, texts: Sequence[str | None] | None = None
+    scores: np.ndarray, references: np.ndarray, config: MMClfConfig, rows: Dataset | None = None
 ) -> dict[str, Any]:
     """
     All figures of one split, at 0.5 and at the thresholds of the configuration.
@@ -66,22 +81,26 @@ def report(
     Args:
         scores, references (`np.ndarray` of shape `(rows, labels)`): Probabilities, and multi-hot labels.
         config ([`MMClfConfig`]): Labels and thresholds.
-        texts (`Sequence[str | None]`, *optional*): The rows' captions, for figures by their length.
+        rows (`Dataset`, *optional*): Columns `image` and `text`: for the thresholds of rows that lack one, and for
+            figures by the length of the captions, if the model reads them.
 
     Returns:
         `dict`: `rows`, `at_0.5` and `fitted` (figures of [`MultiLabelMetric`]), `per_label` (with `f1_at_0.5`); and,
         all at the configuration's thresholds, `intervals` (95 %, of [`f1_intervals`]), `by_label_count`,
-        `by_caption_length` (with `texts`) and `warnings` (sentences).
+        `by_caption_length` (with `rows`) and `warnings` (sentences).
     """
     metric, names = MultiLabelMetric(), label_names(config)
-    predicted = decisions(scores, config)
-    labels = per_label_report(scores, references, config.thresholds, names)
+    thresholds, texts = thresholds_of(config, rows), None if rows is None or not config.has_text else rows["text"][:]
+    predicted = decisions(scores, config, rows)
+    labels = per_label_report(scores, references, thresholds, names)
     for row, at_half in zip(labels, per_label_report(scores, references, 0.5, names), strict=True):
         row["f1_at_0.5"] = at_half["f1"]
+    for row, threshold in zip(labels, config.thresholds, strict=True):
+        row["threshold"] = threshold
     return {
         "rows": len(scores),
         "at_0.5": metric.compute(predictions=scores, references=references),
-        "fitted": metric.compute(predictions=scores, references=references, threshold=config.thresholds),
+        "fitted": metric.compute(predictions=scores, references=references, threshold=thresholds),
         "intervals": f1_intervals(predicted, references),
         "per_label": labels,
         "by_label_count": by_label_count(predicted, references),
@@ -190,7 +209,7 @@ def write_predictions(path: str | Path, rows: Dataset, scores: np.ndarray, confi
         path (`str` or `Path`): `.csv` for the competition's form, `ImageID,Labels`, with the labels as the data writes
             them, separated by spaces (by `|` if a label has a space in it); `.jsonl` for one object a row, with the
             labels and all scores by name.
-        rows (`Dataset`): The columns `image` and `where`.
+        rows (`Dataset`): The columns `image`, `text` and `where`.
         scores (`np.ndarray` of shape `(rows, labels)`): Probabilities.
         config ([`MMClfConfig`]): Labels and thresholds.
     """
@@ -201,10 +220,10 @@ def write_predictions(path: str | Path, rows: Dataset, scores: np.ndarray, confi
             delimiter = "|" if any(len(label.split()) > 1 for label in ids) else " "
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["ImageID", "Labels"])
-            for name, hits in zip(_names(rows), decisions(scores, config), strict=True):
+            for name, hits in zip(_names(rows), decisions(scores, config, rows), strict=True):
                 writer.writerow([name, delimiter.join(ids[hits])])
         else:
-            for name, ranked in zip(_names(rows), _ranked(scores, config), strict=True):
+            for name, ranked in zip(_names(rows), _ranked(scores, config, rows), strict=True):
                 labels = [label for label, _, hit in ranked if hit]
                 line = {"image": name, "labels": labels, "scores": {label: score for label, score, _ in ranked}}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -214,14 +233,14 @@ def prediction_lines(rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> 
     """One line of text a row: its name, and its labels with their scores, most likely first."""
     return [
         f"{name}: " + (", ".join(f"{label} {score:.2f}" for label, score, hit in ranked if hit) or "no label")
-        for name, ranked in zip(_names(rows), _ranked(scores, config), strict=True)
+        for name, ranked in zip(_names(rows), _ranked(scores, config, rows), strict=True)
     ]
 
 
-def _ranked(scores: np.ndarray, config: MMClfConfig) -> Iterator[list[tuple[str, float, bool]]]:
+def _ranked(scores: np.ndarray, config: MMClfConfig, rows: Dataset) -> Iterator[list[tuple[str, float, bool]]]:
     """Label, score and whether it is predicted, for each row, most likely first."""
     names = label_names(config)
-    for row, hits in zip(scores, decisions(scores, config), strict=True):
+    for row, hits in zip(scores, decisions(scores, config, rows), strict=True):
         order = np.argsort(-row, kind="stable")
         yield [(names[i], round(float(row[i]), 6), bool(hits[i])) for i in order]
 

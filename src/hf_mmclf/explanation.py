@@ -246,7 +246,7 @@ def explain(
     return Explanation(
         label=names[index],
         score=float(logits[index].float().sigmoid()),
-        threshold=model.config.thresholds[index],
+        threshold=model.config.thresholds_for(image is not None, text is not None)[index],
         image=picture,
         text=text,
         cells=cells,

@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from .batches import is_absent, open_image
 from .data import DataArguments
 from .demo import DEMO_LABELS
-from .evaluation import label_names, scores_of
+from .evaluation import label_names, scores_of, thresholds_of
 from .finished import FinishedModel, references_of
 from .metrics import MultiLabelMetric, metrics_table
 
@@ -175,6 +175,7 @@ def _record(finished: FinishedModel) -> dict[str, Any]:
     """What a prediction takes apart from the weights; [`OnnxClassifier`] reads it."""
     config, names = finished.model.config, label_names(finished.model.config)
     record = {"labels": names, "label_ids": config.label_ids or names, "thresholds": config.thresholds}
+    record["missing_thresholds"] = config.missing_thresholds
     image, tokenizer = finished.processor.image_processor, finished.processor.tokenizer
     record |= {"image": None, "tokenizer": None}
     if image is not None:
@@ -294,7 +295,8 @@ def _compare(finished: FinishedModel, classifier: "OnnxClassifier", sample: list
         found = classifier.session.run(["logits"], {name: inputs[name].numpy() for name in own})[0]
         difference = max(difference, float(np.abs(found - expected).max()))
         hits, expected_hits = (
-            scores.astype(np.float64) >= classifier.thresholds for scores in (classifier(**batch), scores_of(expected))
+            scores.astype(np.float64) >= classifier.thresholds(**batch)
+            for scores in (classifier(**batch), scores_of(expected))
         )
         changed += int((hits != expected_hits).sum())
         compared += hits.size
@@ -304,5 +306,5 @@ def _compare(finished: FinishedModel, classifier: "OnnxClassifier", sample: list
 def _f1(finished: FinishedModel, classifier: "OnnxClassifier", rows: Dataset, folder: Path | None) -> float:
     """Micro-F1 at the model's thresholds."""
     scores = np.concatenate([classifier(**batch) for batch in _batches(finished, rows, folder, 64)])
-    thresholds = finished.model.config.thresholds
+    thresholds = thresholds_of(finished.model.config, rows)
     return MultiLabelMetric().compute(predictions=scores, references=references_of(rows), threshold=thresholds)["f1"]

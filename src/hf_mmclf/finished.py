@@ -228,8 +228,7 @@ class FinishedModel:
             `ValueError`: rows without labels.
         """
         config, references = self.model.config, references_of(rows)
-        texts = rows["text"][:] if config.has_text else None
-        figures = report(self.scores(rows, folder, batch_size), references, config, texts)
+        figures = report(self.scores(rows, folder, batch_size), references, config, rows)
         if ablations and config.has_image and config.has_text:
 
             def score(change: Callable[[Transform], Transform]) -> np.ndarray:

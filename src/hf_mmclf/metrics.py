@@ -67,7 +67,7 @@ class MultiLabelMetric(evaluate.Metric):
 
     def _compute(self, predictions, references, threshold=0.5, label_names=None) -> dict[str, float]:
         scores, references, known = check_scores(predictions, references)
-        predicted = (scores >= _checked_threshold(threshold, scores.shape[1])) & known
+        predicted = (scores >= _checked_threshold(threshold, *scores.shape)) & known
         precision, recall, f1 = _precision_recall_f1(predicted, references, axis=None)
         label_precision, label_recall, label_f1 = _precision_recall_f1(predicted, references, axis=0)
         average_precisions = [ap for ap in _average_precisions(scores, references, known) if ap is not None]
@@ -91,16 +91,17 @@ class MultiLabelMetric(evaluate.Metric):
 
 
 def per_label_report(
-    scores: ArrayLike, references: ArrayLike, threshold: float | Sequence[float], label_names: Sequence[str]
+    scores: ArrayLike, references: ArrayLike, threshold: ArrayLike, label_names: Sequence[str]
 ) -> list[dict]:
     """One row of figures for every label; arguments and errors as for [`MultiLabelMetric`].
 
     Returns:
         `list[dict]`: `label`, `precision`, `recall`, `f1`, `average_precision` (`None` for a label without positives),
-        `support` (rows that have the label), `predicted` (rows given the label), `threshold`.
+        `support` (rows that have the label), `predicted` (rows given the label), `threshold` (`None` where rows have
+        their own).
     """
     scores, references, known = check_scores(scores, references)
-    thresholds = _checked_threshold(threshold, scores.shape[1])
+    thresholds = _checked_threshold(threshold, *scores.shape)
     predicted = (scores >= thresholds) & known
     precision, recall, f1 = _precision_recall_f1(predicted, references, axis=0)
     average_precisions = _average_precisions(scores, references, known)
@@ -113,7 +114,7 @@ def per_label_report(
             "average_precision": average_precisions[i],
             "support": int(references[:, i].sum()),
             "predicted": int(predicted[:, i].sum()),
-            "threshold": float(thresholds[i]),
+            "threshold": float(thresholds[i]) if thresholds.ndim == 1 else None,
         }
         for i, name in enumerate(_checked_names(label_names, scores.shape[1]))
     ]
@@ -188,15 +189,15 @@ def check_scores(scores: ArrayLike, references: ArrayLike) -> tuple[np.ndarray, 
     return scores, references == 1, references != -1
 
 
-def _checked_threshold(threshold: float | Sequence[float], num_labels: int) -> np.ndarray:
+def _checked_threshold(threshold: ArrayLike, num_rows: int, num_labels: int) -> np.ndarray:
     threshold = np.asarray(threshold, dtype=np.float64)
-    if threshold.shape not in ((), (num_labels,)):
-        expected = f"one number, or {num_labels} of them, one per label in the order of the columns"
+    if threshold.shape not in ((), (num_labels,), (num_rows, num_labels)):
+        expected = f"one number, or {num_labels} of them, one per label in the order of the columns, or that per row"
         raise ValueError(f"The threshold has the shape {threshold.shape}, expected {expected}.")
     if not ((threshold >= 0) & (threshold <= 1)).all():
         expected = "values in [0, 1]: thresholds apply to probabilities, not to logits or per cent"
         raise ValueError(f"The threshold is {threshold.tolist()}, expected {expected}.")
-    return np.broadcast_to(threshold, num_labels)
+    return threshold if threshold.ndim == 2 else np.broadcast_to(threshold, num_labels)
 
 
 def _checked_names(label_names: Sequence[str], num_labels: int) -> Sequence[str]:

@@ -51,7 +51,8 @@ class OnnxClassifier:
         if "hf_mmclf" not in metadata:
             raise ValueError(f"{path}: no metadata of hf_mmclf; expected a model that `hf-mmclf export` wrote")
         record = json.loads(metadata["hf_mmclf"])
-        self.names, self.thresholds = record["labels"], np.array(record["thresholds"])
+        self.names, self.own_thresholds = record["labels"], np.array(record["thresholds"])
+        self.missing_thresholds = record["missing_thresholds"] or {}
         self.image = record["image"]
         self.tokenizer = load_tokenizer(record["tokenizer"]) if record["tokenizer"] else None
 
@@ -62,11 +63,20 @@ class OnnxClassifier:
     def labels(self, images: Any = None, text: Any = None, batch_size: int = 16) -> list[list[tuple[str, float]]]:
         """Of each row the predicted labels with their scores, most likely first; arguments as of `logits`."""
         rows = []
-        for scores in self(images, text, batch_size):
-            hits = scores.astype(np.float64) >= self.thresholds
+        for scores, thresholds in zip(self(images, text, batch_size), self.thresholds(images, text), strict=True):
+            hits = scores.astype(np.float64) >= thresholds
             order = [i for i in np.argsort(-scores, kind="stable") if hits[i]]
             rows.append([(self.names[i], float(scores[i])) for i in order])
         return rows
+
+    def thresholds(self, images: Any = None, text: Any = None) -> np.ndarray:
+        """The model's own, of shape (rows, labels): rows that lack something may have others."""
+        found = []
+        for image, caption in zip(*self._rows(images, text), strict=True):
+            absent = [name for name, cell in (("image", image), ("text", caption)) if cell is None]
+            missing = [self.missing_thresholds[name] for name in absent if name in self.missing_thresholds]
+            found.append(np.broadcast_to(missing[0], len(self.names)) if missing else self.own_thresholds)
+        return np.array(found).reshape(-1, len(self.names))
 
     def logits(self, images: Any = None, text: Any = None, batch_size: int = 16) -> np.ndarray:
         r"""

@@ -165,12 +165,12 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         return {}, {}, options
 
     def _thresholds(self, given: float | Mapping[str, float] | Sequence[float]) -> np.ndarray:
-        """One threshold for each label."""
+        """One threshold for each label, NaN where the model's own holds."""
         config = self.model.config
         if isinstance(given, Mapping):
             if unknown := sorted(set(given) - set(config.label2id)):
                 raise ValueError(f"threshold names unknown labels {unknown}; expected some of {list(config.label2id)}")
-            thresholds = np.array(config.thresholds)
+            thresholds = np.full(config.num_labels, np.nan)  # the model's own, which depends on the row
             thresholds[[config.label2id[name] for name in given]] = list(given.values())
         else:
             thresholds = np.asarray(given, dtype=np.float64)
@@ -179,7 +179,8 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
                     f"threshold has the shape {thresholds.shape}; expected a number, a dictionary by label name, or "
                     f"{config.num_labels} numbers, one for each label in their order"
                 )
-        if not ((thresholds >= 0) & (thresholds <= 1)).all():
+        values = np.array(list(given.values())) if isinstance(given, Mapping) else thresholds
+        if not ((values >= 0) & (values <= 1)).all():
             raise ValueError(f"threshold is {given!r}; expected probabilities in [0, 1]")
         return np.broadcast_to(thresholds, config.num_labels)
 
@@ -208,17 +209,19 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
             raise ValueError(f"record {index}: {error}") from error
 
     def _forward(self, model_inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        inputs = dict(model_inputs)
-        for mask, names in (
-            ("image_mask", ("pixel_values",)),
-            ("text_mask", ("input_ids", "attention_mask", "token_type_ids")),
+        inputs, present = dict(model_inputs), {}
+        for part, mask, names in (
+            ("image", "image_mask", ("pixel_values",)),
+            ("text", "text_mask", ("input_ids", "attention_mask", "token_type_ids")),
         ):
+            if mask in inputs:
+                present[part] = inputs[mask]
             if mask in inputs and not inputs[mask].any():  # a backbone need not run for nothing
                 for name in (mask, *names):
                     inputs.pop(name, None)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        return {"logits": self.model(**inputs).logits}
+        return {"logits": self.model(**inputs).logits, **present}
 
     def postprocess(
         self,
@@ -230,8 +233,10 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         """Labels with their scores, most likely first."""
         config = self.model.config
         scores = model_outputs["logits"][0].float().sigmoid().numpy()
+        own = config.thresholds_for(**{part: bool(model_outputs.get(part, [True])[0]) for part in ("image", "text")})
         if thresholds is None:
-            thresholds = np.zeros(len(scores)) if top_k is not None else np.array(config.thresholds)
+            thresholds = np.zeros(len(scores)) if top_k is not None else np.array(own)
+        thresholds = np.where(np.isnan(thresholds), own, thresholds)
         hits = np.full(len(scores), True) if return_all_scores else scores.astype(np.float64) >= thresholds
         order = [i for i in np.argsort(-scores, kind="stable") if hits[i]]
         return [{"label": config.id2label[int(i)], "score": float(scores[i])} for i in order[:top_k]]

@@ -127,7 +127,8 @@ def write_records(
         record (`dict`): Of [`run_record`].
         save_predictions (`bool`, *optional*, defaults to `False`): Write `predictions-<split>.csv`.
     """
-    thresholds = {"threshold": config.threshold, "label_thresholds": config.label_thresholds}
+    kinds = ("threshold", "label_thresholds", "missing_thresholds")
+    thresholds = {name: getattr(config, name) for name in kinds}
     megabytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**20
     dump = partial(json.dumps, indent=2, ensure_ascii=False)
     (folder / "metrics.json").write_text(dump({**thresholds, **reports}), encoding="utf-8")

@@ -3,9 +3,11 @@
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -18,7 +20,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from .ablation import ablation_figures
+from .ablation import ABSENT, Transform, ablation_figures, ablations
 from .arguments import AugmentationArguments, MMClfTrainingArguments, ModelArguments
 from .augmentation import ImageAugmentation, TextAugmentation
 from .batches import Collator, EvaluationImageTransform, RowTransform
@@ -141,6 +143,10 @@ def train(
 
     trainer.data_collator = collator  # reports are of rows as users will give them, in full precision
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+
+    def scored(rows: Dataset, change: Callable[[Transform], Transform]) -> np.ndarray:
+        return scores_of(trainer.predict(rows.with_transform(change(evaluation))).predictions)
+
     reports, outcomes, speed, temperature = {}, {}, {}, None
     for name in ("validation", "test"):
         rows = prepared.splits.get(name)
@@ -158,16 +164,13 @@ def train(
         speed = {"split": name, "rows_per_second": result.metrics.get(f"{name}_samples_per_second")}
         if name == "validation":  # test labels never choose anything
             _fit_thresholds(config, scores, result.label_ids, args)
-        reports[name] = report(scores, result.label_ids, config, rows["text"][:] if config.has_text else None)
+            if config.has_image and config.has_text and (config.learned_missing or config.modality_dropout):
+                _fit_missing_thresholds(config, scored, rows, args)
+        reports[name] = report(scores, result.label_ids, config, rows)
     if args.ablations and reports and config.has_image and config.has_text:
         name, (_, references) = list(outcomes.items())[-1]
         rows = prepared.splits[name]
-        reports[name]["ablations"] = ablation_figures(
-            lambda change: scores_of(trainer.predict(rows.with_transform(change(evaluation))).predictions),
-            rows,
-            references,
-            config,
-        )
+        reports[name]["ablations"] = ablation_figures(partial(scored, rows), rows, references, config)
     if main:
         record = run_record((model_args, data_args, augmentation, args), trainer, prepared)
         record |= {"tokenizer": tokenizer_source, "missing": missing, "resumed": resume is not None}
@@ -384,3 +387,23 @@ def _fit_thresholds(config: MMClfConfig, scores: Any, references: Any, args: MMC
         shrinkage = None if args.threshold_shrinkage == -1 else args.threshold_shrinkage
         fitted = label_thresholds(scores, references, shrinkage, args.threshold_objective or "macro", **aim)
         config.label_thresholds = {name: float(t) for name, t in zip(config.id2label.values(), fitted, strict=True)}
+
+
+def _fit_missing_thresholds(
+    config: MMClfConfig,
+    score: Callable[[Dataset, Callable[[Transform], Transform]], np.ndarray],
+    rows: Dataset,
+    args: MMClfTrainingArguments,
+) -> None:
+    """Of rows that lack a picture or a caption: fitted on the validation rows that have both, less the one."""
+    whole = [
+        image is not None and text is not None
+        for image, text in zip(picture_paths(rows), rows["text"][:], strict=True)
+    ]
+    rows = rows.select(np.flatnonzero(whole))
+    config.missing_thresholds = {}
+    aim = dict(beta=args.threshold_beta, precision=args.threshold_precision)
+    for name, absent in ABSENT.items() if len(rows) else ():
+        scores, references = score(rows, ablations(rows)[name]), np.array(rows["labels"])
+        fitted = best_threshold(scores, references, args.threshold_objective or "micro", **aim)
+        config.missing_thresholds[absent] = fitted
