@@ -167,8 +167,8 @@ def fusion_lines(runs: dict[str, list[dict]]) -> list[dict]:
     """The table of [`fusion`]. Models with both modalities are also given the pictures and the captions alone."""
     test = demo_dataset()["test"]
 
-    def values(name: str, what: Callable[[dict], Scored]) -> list[float]:
-        return [micro(what(run), run["config"].threshold) for run in runs[name]]
+    def values(name: str, what: Callable[[dict], Scored], **present: bool) -> list[float]:
+        return [micro(what(run), run["config"].thresholds_for(**present)) for run in runs[name]]
 
     alone = {name: statistics.mean(values(preset, lambda run: run["test"])) for name, preset in ALONE.items()}
     best = max(alone.values())
@@ -185,7 +185,8 @@ def fusion_lines(runs: dict[str, list[dict]]) -> list[dict]:
         ]
         line["labels that need both"] = spread(need_both)
         for index, modality in enumerate(ALONE):
-            only = values(name, lambda run, index=index: run["changed"][index]) if read == "both" else None
+            absent = {other: False for other in ALONE if other != modality}
+            only = values(name, lambda run, i=index: run["changed"][i], **absent) if read == "both" else None
             line[f"{modality} only"] = spread(only) if only else None
             line[f"against {ALONE[modality]}"] = statistics.mean(only) - alone[modality] if only else None
         line["MB"] = results[0]["megabytes"]
