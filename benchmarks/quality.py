@@ -48,7 +48,7 @@ TEXT_PRESETS = ("captions", "bert-tiny")
 # The fusions of the poster's twelve multimodal systems: where they differ in backbones and freezing alone, these are
 # made equal here, and twelve are five.
 POSTER = {
-    name: f"{flags} --image_tokens pooled --modality_dropout 0"
+    name: f"{flags} --image_tokens pooled"
     for name, flags in {
         "densitybert, bensity": "--fusion self",
         "modensitybert, warmdbert, warmerdbert, warmerdbert-extended": "--fusion self --fusion_norm",
@@ -57,7 +57,7 @@ POSTER = {
         "cdbert-image, censity-image, rest": "--fusion cross_image",
     }.items()
 }
-OURS = {"`demo`": "", "`demo`, no modality dropout": "--modality_dropout 0"}
+OURS = {"`demo`": "", "`demo`, modality dropout": "--modality_dropout 0.2"}
 ALONE = {"image": "demo-image", "text": "demo-text"}
 
 Scored = tuple[np.ndarray, np.ndarray]  # scores and multi-hot labels, (N, L) both

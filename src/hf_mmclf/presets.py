@@ -63,7 +63,7 @@ WARM = dict(fusion="self", fusion_norm=True, unfrozen_image_stages=1, unfrozen_t
 WARMER = dict(fusion="self", fusion_norm=True, unfrozen_image_stages=2, unfrozen_text_layers=2)
 
 # Ours: each label asks the picture's cells, at all resolutions, the caption's words and what these find there.
-_QUERIES = dict(fusion="label_queries", fusion_heads=8, image_tokens="stages", modality_dropout=0.2)
+_QUERIES = dict(fusion="label_queries", fusion_heads=8, image_tokens="stages")
 
 # What all recipes share: small steps for pretrained parts, larger ones for what starts from nothing.
 _FINE_TUNE = dict(
@@ -215,6 +215,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 **_QUERIES,
                 width=256,
                 dropout=0.1,
+                modality_dropout=0.2,
             ),
             _FINE_TUNE,
         ),
