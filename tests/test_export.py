@@ -177,6 +177,14 @@ class Classify(torch.nn.Module):
         return torch.stack([model.classify((image, image_mask), (text, text_mask)) for model in self.models])
 
 
+def test_label_queries_over_all_stages_export(tmp_path):
+    """As the model of the demo is made."""
+    torch.manual_seed(0)
+    finished, rows, folder = load(tmp_path, fusion="label_queries", image_tokens="stages", modality_dropout=0.2)
+    (figures,) = export_onnx(finished, rows=rows, folder=folder).values()
+    assert figures["largest_logit_difference"] < 1e-4 and not figures["labels_changed"]
+
+
 @pytest.mark.filterwarnings("ignore:# The axis name")
 def test_every_fusion_exports_with_any_number_of_rows_and_tokens(tiny_model):
     options = dict(fusion_norm=True, projection_norm=True, learned_missing=True)

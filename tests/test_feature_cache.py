@@ -228,6 +228,10 @@ def test_the_size_said_is_the_size_taken(make, rows, folder):
             "all of the image backbone trains; freeze some of it by --unfrozen_image",
         ),
         (
+            dict(image_tokens="stages", unfrozen_image_stages=1),
+            "densenet121 cannot be cut before its last 1 stages; give --unfrozen_image_stages 0",
+        ),
+        (
             dict(
                 image_backbone="eva02_tiny_patch14_224",
                 image_backbone_args=dict(img_size=64, patch_size=16, embed_dim=24, depth=2, num_heads=2),
@@ -257,14 +261,8 @@ def test_states_beyond_half_precision_are_refused(make, rows, folder):
 
 def run_flags(table: Path, output: Path, cache: Path | None, stages="0", layers="0", augmented=True) -> list[str]:
     flags = [*table_flags(table), "--output_dir", str(output), "--num_train_epochs", "2", "--use_cpu", "true"]
-    flags += [
-        "--per_device_train_batch_size",
-        "8",
-        "--unfrozen_image_stages",
-        stages,
-        "--unfrozen_text_layers",
-        layers,
-    ]
+    flags += ["--per_device_train_batch_size", "8", "--fusion", "cross_text", "--image_tokens", "spatial"]
+    flags += ["--unfrozen_image_stages", stages, "--unfrozen_text_layers", layers]
     if not augmented:
         flags += ["--crop_scale", "0", "--flip", "0", "--rotation", "0", "--color_jitter", "0", "--swap_words", "0"]
     return [*flags, "--cache_features", "--feature_cache_dir", str(cache)] if cache else flags
