@@ -145,7 +145,8 @@ class FeatureCache:
             size = collator.image_size
             image = self._states({"pixel_values": torch.zeros(1, 3, size, size)})[0]
             if image is None:
-                raise ValueError(_refusal("image", config.image_backbone, "stages", config.unfrozen_image_stages))
+                name = config.image_backbone + " with image_tokens 'stages'" * (config.image_tokens == "stages")
+                raise ValueError(_refusal("image", name, "stages", config.unfrozen_image_stages))
         if config.has_text:
             text = self._states(collator.tokenizer(["a"], return_tensors="pt"))[1]
             if text is None and image is None:
