@@ -34,7 +34,7 @@ def main() -> None:
         note = (
             f"Threshold {args.threshold:g} for all labels. The figures below are for the fitted {config.threshold:g}."
         )
-        config.threshold, config.label_thresholds = args.threshold, None
+        config.threshold, config.label_thresholds, config.missing_thresholds = args.threshold, None, None
         config.save_pretrained(copy)
         card = ModelCard.load(copy / "README.md")
         card.text = f"\n> {note}\n{card.text}"

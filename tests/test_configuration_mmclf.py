@@ -64,6 +64,7 @@ def test_text_config_round_trip(text_config, kind, hidden, tmp_path):
             r"missing_thresholds has the keys \['images'\]; expected image and",
         ),
         (dict(missing_thresholds={"text": 1.1}), r"threshold of 'text' is 1\.1"),
+        (dict(id2label={0: "text"}, label_thresholds={"text": 1.5}, missing_thresholds={"text": 0.5}), "is 1.5"),
         (dict(id2label={0: "a", 1: "a"}), "two labels one name"),
         (dict(id2label={1: "a", 3: "b"}), r"keys \[1, 3\]; expected 0 to 1"),
         (dict(num_labels=3, label_ids=["1"]), "label_ids has 1 entries; expected 3"),
@@ -94,10 +95,13 @@ def test_thresholds_follow_the_logits(id2label, tmp_path):
 
 
 def test_rows_that_lack_something_have_a_threshold_of_their_own(tmp_path):
-    MMClfConfig(num_labels=2, threshold=0.4, missing_thresholds={"image": 0.2}).save_pretrained(tmp_path)
+    fields = dict(num_labels=2, threshold=0.4, missing_thresholds={"image": 0.2})
+    both = dict(image_backbone="resnet18", text_config=dict(model_type="bert"))
+    MMClfConfig(**fields, **both).save_pretrained(tmp_path)
     config = MMClfConfig.from_pretrained(tmp_path)
     assert config.thresholds == config.thresholds_for(text=False) == [0.4, 0.4]  # none was fitted for these
     assert config.thresholds_for(image=False) == [0.2, 0.2]
+    assert MMClfConfig(**fields, text_config=dict(model_type="bert")).thresholds_for(image=False) == [0.4, 0.4]
 
 
 def test_auto_config_knows_it():

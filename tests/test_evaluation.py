@@ -145,6 +145,7 @@ def test_rows_that_lack_something_have_their_own_thresholds(labelled, tmp_path):
     assert [row["f1"] for row in figures["per_label"]] == pytest.approx(list(by_label))
     assert [row["threshold"] for row in figures["per_label"]] == [0.3] * 3  # those of rows that lack nothing
     assert np.array_equal(decisions(scores, config, rows), hits)
+    assert decisions(scores[:0], config, rows.select([])).shape == (0, 3)
     write_predictions(tmp_path / "p.jsonl", rows, scores, config)
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert [sorted(line["labels"]) for line in lines] == [sorted(np.array([*NAMES.values()])[row]) for row in hits]

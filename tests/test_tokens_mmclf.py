@@ -49,3 +49,11 @@ def test_stages_are_the_cells_with_what_finer_maps_have_there(name):
         torch.testing.assert_close(tokens[..., start : start + width], expected, atol=1e-5, rtol=1e-5)
         start += width
     assert start == tokens.shape[2]
+
+
+def test_stages_of_a_backbone_that_ends_in_a_row_of_tokens():
+    backbone = timm.create_model("levit_128s", num_classes=0).eval()
+    with pytest.raises(
+        ValueError, match="image_tokens is 'stages', but LevitDistilled ends in no feature map; give 'spatial'"
+    ):
+        image_tokens(backbone, torch.randn(1, 3, 224, 224), "stages")

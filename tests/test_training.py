@@ -350,6 +350,13 @@ def test_rows_without_a_picture_or_caption_get_learned_stand_ins(tmp_path, capsy
     model = AutoModel.from_pretrained(folder)
     assert model.config.learned_missing
     assert "without a picture" in capsys.readouterr().out
+    finished, prepared = open_finished(folder, table)
+    held_out = finished.choose_split(prepared, "validation")[1]
+    whole = held_out.filter(lambda row: row["image"] is not None and row["text"] is not None)
+    assert 0 < len(whole) < len(held_out)
+    fitted = best_threshold(finished.scores(whole, prepared.folder), np.array(whole["labels"]))
+    assert model.config.threshold == pytest.approx(fitted, abs=1e-6)
+    assert missing_thresholds_of(folder, table, "micro", 1) == pytest.approx(model.config.missing_thresholds)
     assert model.missing_text.vector.abs().sum() > 0
 
 

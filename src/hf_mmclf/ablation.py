@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from .configuration_mmclf import MMClfConfig
 from .metrics import MultiLabelMetric
+from .thresholds import thresholds_of
 
 # Each ablation, in the order of the reports, and what it is called there.
 ABLATIONS = {"image_only": "pictures only", "text_only": "captions only", "shuffled_captions": "shuffled captions"}
@@ -69,7 +70,7 @@ def ablation_figures(
 
     Args:
         score (`Callable`): From an ablation to the scores, `(rows, labels)`, of the rows that it changes.
-        rows (`Dataset`): Columns `text` and `where`.
+        rows (`Dataset`): Columns `image`, `text` and `where`.
         references (`np.ndarray` of shape `(rows, labels)`): Multi-hot labels.
         config ([`MMClfConfig`]): With the thresholds.
         seed (`int`, *optional*, defaults to 0): Of the shuffling.
@@ -79,8 +80,8 @@ def ablation_figures(
     """
     result = {}
     for name, change in ablations(rows, seed).items():
-        thresholds = config.thresholds_for(**{ABSENT[name]: False} if name in ABSENT else {})
-        figures = MultiLabelMetric().compute(predictions=score(change), references=references, threshold=thresholds)
+        kept = thresholds_of(config, rows) if name not in ABSENT else config.thresholds_for(**{ABSENT[name]: False})
+        figures = MultiLabelMetric().compute(predictions=score(change), references=references, threshold=kept)
         result[name] = {average: figures[average] for average in ("f1", "f1_macro")}
     return result
 

@@ -60,7 +60,8 @@ class MMClfConfig(PreTrainedConfig):
         label_thresholds (`dict[str, float]`, *optional*):
             Thresholds by label name that win over `threshold`.
         missing_thresholds (`dict[str, float]`, *optional*):
-            One threshold for all labels of a row without a picture (key `"image"`), one without a caption (`"text"`).
+            One threshold for all labels of a row without a picture (key `"image"`), one without a caption (`"text"`),
+            in models that read both.
             Who sees less is less sure, and the threshold of the best F1 is half that F1 (Lipton et al. 2014).
         label_ids (`list[str]`, *optional*):
             How the labels are written in the data, where that differs from their names in `id2label`.
@@ -127,8 +128,8 @@ class MMClfConfig(PreTrainedConfig):
             raise ValueError(f"label_thresholds names unknown labels {unknown}; expected some of {names}")
         if unknown := sorted(set(self.missing_thresholds or {}) - {"image", "text"}):
             raise ValueError(f"missing_thresholds has the keys {unknown}; expected image and text, or one of them")
-        values = {"threshold": self.threshold, **(self.label_thresholds or {}), **(self.missing_thresholds or {})}
-        for name, value in values.items():
+        values = [("threshold", self.threshold), *(self.label_thresholds or {}).items()]
+        for name, value in [*values, *(self.missing_thresholds or {}).items()]:
             if not 0 <= value <= 1:
                 raise ValueError(f"threshold of {name!r} is {value}; expected a probability in [0, 1]")
 
@@ -149,10 +150,10 @@ class MMClfConfig(PreTrainedConfig):
 
     def thresholds_for(self, image: bool = True, text: bool = True) -> list[float]:
         """One threshold for each label, in the order of the logits, of rows with or without a picture or caption."""
-        absent = [name for name, there in (("image", image), ("text", text)) if not there]
-        for name in absent:
-            if name in (self.missing_thresholds or {}):
-                return [float(self.missing_thresholds[name])] * self.num_labels
+        if self.has_image and self.has_text:
+            for name, present in (("image", image), ("text", text)):
+                if not present and name in (self.missing_thresholds or {}):
+                    return [float(self.missing_thresholds[name])] * self.num_labels
         names = [self.id2label[i] for i in range(self.num_labels)]
         return [float((self.label_thresholds or {}).get(name, self.threshold)) for name in names]
 

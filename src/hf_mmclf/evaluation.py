@@ -15,10 +15,9 @@ from transformers import EvalPrediction
 from .ablation import ABLATIONS
 from .bootstrap import f1_intervals
 from .configuration_mmclf import MMClfConfig
-from .data import picture_paths
 from .metrics import MultiLabelMetric, metrics_table, per_label_report
 from .subgroups import by_caption_length, by_label_count
-from .thresholds import best_threshold
+from .thresholds import best_threshold, thresholds_of
 
 
 def scores_of(logits: np.ndarray) -> np.ndarray:
@@ -29,20 +28,6 @@ def scores_of(logits: np.ndarray) -> np.ndarray:
 def label_names(config: MMClfConfig) -> list[str]:
     """Names of the labels in the order of the logits, whatever the order of `id2label`."""
     return [config.id2label[i] for i in range(config.num_labels)]
-
-
-def thresholds_of(config: MMClfConfig, rows: Dataset | None = None) -> np.ndarray:
-    """
-    The configuration's thresholds, `(labels,)`, or `(rows, labels)` where rows that lack something have others.
-
-    Args:
-        config ([`MMClfConfig`]): With the thresholds.
-        rows (`Dataset`, *optional*): Columns `image` and `text`; `None` for rows that lack nothing.
-    """
-    if rows is None or not config.missing_thresholds:
-        return np.array(config.thresholds)
-    found = zip(picture_paths(rows), rows["text"][:], strict=True)
-    return np.array([config.thresholds_for(image is not None, text is not None) for image, text in found])
 
 
 def decisions(scores: np.ndarray, config: MMClfConfig, rows: Dataset | None = None) -> np.ndarray:
@@ -91,7 +76,7 @@ def report(
     """
     metric, names = MultiLabelMetric(), label_names(config)
     thresholds, texts = thresholds_of(config, rows), None if rows is None or not config.has_text else rows["text"][:]
-    predicted = decisions(scores, config, rows)
+    predicted = scores.astype(np.float64) >= thresholds
     labels = per_label_report(scores, references, thresholds, names)
     for row, at_half in zip(labels, per_label_report(scores, references, 0.5, names), strict=True):
         row["f1_at_0.5"] = at_half["f1"]

@@ -17,9 +17,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 from .batches import is_absent, open_image
 from .data import DataArguments
 from .demo import DEMO_LABELS
-from .evaluation import label_names, scores_of, thresholds_of
+from .evaluation import label_names, scores_of
 from .finished import FinishedModel, references_of
 from .metrics import MultiLabelMetric, metrics_table
+from .thresholds import thresholds_of
 
 if TYPE_CHECKING:
     from .onnx_predict import OnnxClassifier
@@ -175,7 +176,7 @@ def _record(finished: FinishedModel) -> dict[str, Any]:
     """What a prediction takes apart from the weights; [`OnnxClassifier`] reads it."""
     config, names = finished.model.config, label_names(finished.model.config)
     record = {"labels": names, "label_ids": config.label_ids or names, "thresholds": config.thresholds}
-    record["missing_thresholds"] = config.missing_thresholds
+    record["missing_thresholds"] = config.missing_thresholds if config.has_image and config.has_text else None
     image, tokenizer = finished.processor.image_processor, finished.processor.tokenizer
     record |= {"image": None, "tokenizer": None}
     if image is not None:

@@ -319,7 +319,7 @@ class FeatureCache:
 _NOT_OF_THE_CUT = (
     *("fusion", "fusion_layers", "fusion_heads", "fusion_norm", "width", "projection_norm", "dropout"),
     *("learned_missing", "modality_dropout"),
-    *("threshold", "label_thresholds", "label_ids", "id2label", "label2id"),
+    *("threshold", "label_thresholds", "missing_thresholds", "label_ids", "id2label", "label2id"),
     *("image_weights", "text_weights", "transformers_version"),
 )
 

@@ -242,8 +242,8 @@ class MMClfForImageTextClassification(PreTrainedModel):
     def image_states(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
         """What the frozen part of the image backbone makes of pictures (B, 3, H, W); `forward` can go on from there.
 
-        The tokens (B, N, D) where all of it is frozen, else the activations at the cut; `None` where nothing is frozen
-        or the architecture cannot be cut.
+        The tokens (B, N, D) where all of it is frozen, else the activations at the cut; `None` where nothing is
+        frozen, the architecture cannot be cut, or part of it trains and tokens are of all stages.
         """
         if self.config.unfrozen_image_stages == 0:
             return in_chunks(partial(self._image_tokens, self.image_model), pixel_values)

@@ -52,7 +52,7 @@ class OnnxClassifier:
             raise ValueError(f"{path}: no metadata of hf_mmclf; expected a model that `hf-mmclf export` wrote")
         record = json.loads(metadata["hf_mmclf"])
         self.names, self.own_thresholds = record["labels"], np.array(record["thresholds"])
-        self.missing_thresholds = record["missing_thresholds"] or {}
+        self.missing_thresholds = record.get("missing_thresholds") or {}
         self.image = record["image"]
         self.tokenizer = load_tokenizer(record["tokenizer"]) if record["tokenizer"] else None
 

@@ -167,21 +167,21 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
     def _thresholds(self, given: float | Mapping[str, float] | Sequence[float]) -> np.ndarray:
         """One threshold for each label, NaN where the model's own holds."""
         config = self.model.config
+        values = np.asarray(list(given.values()) if isinstance(given, Mapping) else given, dtype=np.float64)
+        if not ((values >= 0) & (values <= 1)).all():
+            raise ValueError(f"threshold is {given!r}; expected probabilities in [0, 1]")
         if isinstance(given, Mapping):
             if unknown := sorted(set(given) - set(config.label2id)):
                 raise ValueError(f"threshold names unknown labels {unknown}; expected some of {list(config.label2id)}")
             thresholds = np.full(config.num_labels, np.nan)  # the model's own, which depends on the row
-            thresholds[[config.label2id[name] for name in given]] = list(given.values())
+            thresholds[[config.label2id[name] for name in given]] = values
         else:
-            thresholds = np.asarray(given, dtype=np.float64)
+            thresholds = values
             if thresholds.shape not in ((), (config.num_labels,)):
                 raise ValueError(
                     f"threshold has the shape {thresholds.shape}; expected a number, a dictionary by label name, or "
                     f"{config.num_labels} numbers, one for each label in their order"
                 )
-        values = np.array(list(given.values())) if isinstance(given, Mapping) else thresholds
-        if not ((values >= 0) & (values <= 1)).all():
-            raise ValueError(f"threshold is {given!r}; expected probabilities in [0, 1]")
         return np.broadcast_to(thresholds, config.num_labels)
 
     def preprocess(self, input_: dict[str, Any]) -> dict[str, torch.Tensor]:

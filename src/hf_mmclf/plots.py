@@ -144,9 +144,8 @@ def precision_recall_figure(
         precision, recall, _ = precision_recall_curve(*flat)
         label = f"{average_precision_score(*flat):.3f}  all decisions"
         axes.plot(recall, precision, color="black", linewidth=2, drawstyle="steps-post", label=label)
-        above = (scores >= np.array([row["threshold"] for row in per_label])) & known
-        hits = (above & references).sum()
-        point = hits / references.sum(), hits / max(above.sum(), 1)
+        hits = sum(row["recall"] * row["support"] for row in per_label)
+        point = hits / references.sum(), hits / max(sum(row["predicted"] for row in per_label), 1)
         axes.plot(*point, "o", color="black", markersize=7, label="at the fitted thresholds")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="average precision", alignment="left")
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.02))

@@ -32,6 +32,9 @@ def image_tokens(backbone: nn.Module, pixel_values: torch.Tensor, kind: str) -> 
         kind (`str`): `image_tokens` of [`MMClfConfig`]. `"stages"` are the hypercolumns of Hariharan et al. 2015,
             "Hypercolumns for Object Segmentation and Fine-grained Localization", on the grid of the last map: the
             first stages still know what the last one has no use for, colours say.
+
+    Raises:
+        `ValueError`: `"stages"` of a backbone with several resolutions that ends in a row of tokens.
     """
     stages = list(finer_stages(backbone)) if kind == "stages" else []
     if stages:
@@ -41,6 +44,10 @@ def image_tokens(backbone: nn.Module, pixel_values: torch.Tensor, kind: str) -> 
     if kind == "pooled":
         return backbone.forward_head(features, pre_logits=True).unsqueeze(1)
     if features.ndim != 4:
+        if stages:
+            raise ValueError(
+                f"image_tokens is 'stages', but {type(backbone).__name__} ends in no feature map; give 'spatial'"
+            )
         return features[:, getattr(backbone, "num_prefix_tokens", 0) :]
     # timm's CNNs give NCHW, its hierarchical transformers NHWC
     features = features if features.shape[1] == backbone.num_features else features.permute(0, 3, 1, 2)

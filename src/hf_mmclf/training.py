@@ -30,7 +30,7 @@ from .configuration_mmclf import MMClfConfig
 from .data import DataArguments, picture_paths, prepare_data
 from .evaluation import ComputeMetrics, report, report_text, scores_of
 from .feature_cache import FeatureCache
-from .finished import save_model, whole_folder
+from .finished import references_of, save_model, whole_folder
 from .image_processing_mmclf import MMClfImageProcessor
 from .labels import LabelSet
 from .losses import MultiLabelLoss
@@ -163,9 +163,14 @@ def train(
         outcomes[name] = scores, result.label_ids
         speed = {"split": name, "rows_per_second": result.metrics.get(f"{name}_samples_per_second")}
         if name == "validation":  # test labels never choose anything
-            _fit_thresholds(config, scores, result.label_ids, args)
+            whole = np.arange(len(rows))
             if config.has_image and config.has_text and (config.learned_missing or config.modality_dropout):
-                _fit_missing_thresholds(config, scored, rows, args)
+                cells = zip(picture_paths(rows), rows["text"][:], strict=True)
+                lack_nothing = np.flatnonzero([None not in row for row in cells])
+                if len(lack_nothing):  # the others have thresholds of their own
+                    whole = lack_nothing
+                    _fit_missing_thresholds(config, scored, rows.select(whole), args)
+            _fit_thresholds(config, scores[whole], result.label_ids[whole], args)
         reports[name] = report(scores, result.label_ids, config, rows)
     if args.ablations and reports and config.has_image and config.has_text:
         name, (_, references) = list(outcomes.items())[-1]
@@ -395,15 +400,10 @@ def _fit_missing_thresholds(
     rows: Dataset,
     args: MMClfTrainingArguments,
 ) -> None:
-    """Of rows that lack a picture or a caption: fitted on the validation rows that have both, less the one."""
-    whole = [
-        image is not None and text is not None
-        for image, text in zip(picture_paths(rows), rows["text"][:], strict=True)
-    ]
-    rows = rows.select(np.flatnonzero(whole))
+    """Of rows that lack a picture or a caption: fitted on validation rows that have both, less the one."""
     config.missing_thresholds = {}
     aim = dict(beta=args.threshold_beta, precision=args.threshold_precision)
-    for name, absent in ABSENT.items() if len(rows) else ():
-        scores, references = score(rows, ablations(rows)[name]), np.array(rows["labels"])
+    for name, absent in ABSENT.items():
+        scores, references = score(rows, ablations(rows)[name]), references_of(rows)
         fitted = best_threshold(scores, references, args.threshold_objective or "micro", **aim)
         config.missing_thresholds[absent] = fitted
