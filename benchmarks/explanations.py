@@ -22,9 +22,9 @@ import numpy as np
 from scipy.stats import binomtest
 
 from hf_mmclf import FinishedModel, demo_dataset, parse_arguments, train
-from hf_mmclf.demo import DEMO_LABELS
-from hf_mmclf.explanation import explain
-from hf_mmclf.metrics import metrics_table
+from hf_mmclf.data.demo import DEMO_LABELS
+from hf_mmclf.evaluation.metrics import metrics_table
+from hf_mmclf.inference.explanation import explain
 
 KINDS = {"image": "seen", "text": "read", "both": "seen and read"}
 

@@ -15,9 +15,9 @@ import numpy as np
 from sklearn.metrics import f1_score
 
 from hf_mmclf import DataArguments, demo_dataset, parse_arguments, train
-from hf_mmclf.demo import DEMO_LABELS, ceiling
-from hf_mmclf.finished import FinishedModel
-from hf_mmclf.metrics import metrics_table
+from hf_mmclf.data.demo import DEMO_LABELS, ceiling
+from hf_mmclf.evaluation.metrics import metrics_table
+from hf_mmclf.inference.predictor import FinishedModel
 
 MODELS = {"demo-image": "image", "demo-text": "text", "demo": "both"}
 

@@ -22,12 +22,12 @@ from hf_mmclf import (
     config_from_preset,
     demo_dataset,
 )
-from hf_mmclf.export import export_onnx
-from hf_mmclf.finished import FinishedModel
-from hf_mmclf.metrics import metrics_table
-from hf_mmclf.onnx_predict import OnnxClassifier
+from hf_mmclf.data.tokenizer import load_tokenizer
+from hf_mmclf.evaluation.metrics import metrics_table
+from hf_mmclf.export.onnx import export_onnx
+from hf_mmclf.export.onnx_predict import OnnxClassifier
+from hf_mmclf.inference.predictor import FinishedModel
 from hf_mmclf.presets import PRESETS
-from hf_mmclf.tokenization import load_tokenizer
 
 TIMED = "warmerdbert"
 BATCH, LABELS, TOKENS = 16, 18, 16

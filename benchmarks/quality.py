@@ -39,9 +39,9 @@ from hf_mmclf import (
     parse_arguments,
     train,
 )
-from hf_mmclf.card import markdown_table
-from hf_mmclf.data import prepare_data
-from hf_mmclf.demo import ceiling
+from hf_mmclf.data.demo import ceiling
+from hf_mmclf.data.prepare import prepare_data
+from hf_mmclf.hub.card import markdown_table
 
 CAPTIONS = Path(__file__).parents[2] / "shared" / "data" / "captions" / "train.csv"
 TEXT_PRESETS = ("captions", "bert-tiny")

@@ -51,16 +51,16 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_mmclf import FinishedModel, MMClfProcessor, MMClfTrainer, demo_dataset, parse_arguments, pipeline
-from hf_mmclf.arguments import machine_defaults
-from hf_mmclf.augmentation import ImageAugmentation, TextAugmentation
-from hf_mmclf.batches import Collator, EvaluationImageTransform, RowTransform
-from hf_mmclf.building import build_config, build_image_processor, build_model
-from hf_mmclf.data import DataArguments, prepare_data
-from hf_mmclf.feature_cache import FeatureCache
-from hf_mmclf.metrics import metrics_table
-from hf_mmclf.sources import read_table
-from hf_mmclf.tokenization import load_tokenizer
-from hf_mmclf.trainer import parameter_groups
+from hf_mmclf.data.augmentation import ImageAugmentation, TextAugmentation
+from hf_mmclf.data.collator import Collator, EvaluationImageTransform, RowTransform
+from hf_mmclf.data.prepare import DataArguments, prepare_data
+from hf_mmclf.data.tables import read_table
+from hf_mmclf.data.tokenizer import load_tokenizer
+from hf_mmclf.evaluation.metrics import metrics_table
+from hf_mmclf.training.arguments import machine_defaults
+from hf_mmclf.training.feature_cache import FeatureCache
+from hf_mmclf.training.inputs import build_config, build_image_processor, build_model
+from hf_mmclf.training.trainer import parameter_groups
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 BATCH = 16

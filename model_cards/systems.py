@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_mmclf import PRESETS, config_from_preset
-from hf_mmclf.card import markdown_table
+from hf_mmclf.hub.card import markdown_table
 
 RECIPE = ("epochs", "learning rate", "schedule", "weight decay", "batch size")
 TEXT = """# The eighteen systems

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
 from huggingface_hub import constants
+from support.hub_server import HubServer
 
 from hf_mmclf import MMClfConfig, MMClfForImageTextClassification
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_training import TWO_PROCESSES
-from tiny_folder import CAPTIONS, LABELS, NAMES, write_folder, write_table
+from support.tiny_folder import CAPTIONS, LABELS, NAMES, write_folder, write_table
+from support.training_runs import TWO_PROCESSES
 
-from hf_mmclf import PRESETS, DataArguments, FinishedModel, compare, hub
+from hf_mmclf import PRESETS, DataArguments, FinishedModel, compare
 from hf_mmclf.cli import main
-from hf_mmclf.comparison import comparison_text
-from hf_mmclf.evaluation import prediction_lines, report, report_text
+from hf_mmclf.evaluation.report import prediction_lines, report, report_text
+from hf_mmclf.hub import push as hub
+from hf_mmclf.inference.comparison import comparison_text
 
 SCRIPT = Path(sys.executable).with_name("hf-mmclf")
 IDS = {"1": "person", "3": "traffic light", "10": "dog"}

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from hf_mmclf import cli, onnx_predict, parse_arguments
+from hf_mmclf import cli, parse_arguments
+from hf_mmclf.export import onnx_predict
 from hf_mmclf.presets import PRESETS, config_from_preset
 
 ROOT = Path(__file__).parents[1]

@@ -6,35 +6,35 @@ from typing import Any
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .configuration_mmclf import MMClfConfig
-from .image_processing_mmclf import MMClfImageProcessor
-from .modeling_mmclf import MMClfForImageTextClassification
-from .pipeline_mmclf import TASK, ImageTextClassificationPipeline, pipeline
-from .processing_mmclf import MMClfProcessor
+from .model.configuration_mmclf import MMClfConfig
+from .model.image_processing_mmclf import MMClfImageProcessor
+from .model.modeling_mmclf import MMClfForImageTextClassification
+from .model.pipeline_mmclf import TASK, ImageTextClassificationPipeline, pipeline
+from .model.processing_mmclf import MMClfProcessor
 
 # transformers registers classes, not names, so these are imported; the rest is when it is first asked for.
 _LAZY = {
     "PRESETS": "presets",
-    "DataArguments": "data",
-    "FinishedModel": "finished",
-    "ModelArguments": "arguments",
-    "AugmentationArguments": "arguments",
-    "MMClfTrainer": "trainer",
-    "MMClfTrainingArguments": "arguments",
-    "MultiLabelLoss": "losses",
-    "MultiLabelMetric": "metrics",
-    "best_threshold": "thresholds",
-    "build_trainer": "training",
-    "compare": "comparison",
+    "DataArguments": "data.prepare",
+    "FinishedModel": "inference.predictor",
+    "ModelArguments": "training.arguments",
+    "AugmentationArguments": "training.arguments",
+    "MMClfTrainer": "training.trainer",
+    "MMClfTrainingArguments": "training.arguments",
+    "MultiLabelLoss": "training.losses",
+    "MultiLabelMetric": "evaluation.metrics",
+    "best_threshold": "evaluation.thresholds",
+    "build_trainer": "training.train",
+    "compare": "inference.comparison",
     "config_from_preset": "presets",
-    "demo_dataset": "demo",
-    "explain": "explanation",
-    "export_onnx": "export",
-    "label_thresholds": "thresholds",
-    "parse_arguments": "arguments",
-    "push_to_hub": "hub",
-    "save_for_hub": "finished",
-    "train": "training",
+    "demo_dataset": "data.demo",
+    "explain": "inference.explanation",
+    "export_onnx": "export.onnx",
+    "label_thresholds": "evaluation.thresholds",
+    "parse_arguments": "training.arguments",
+    "push_to_hub": "hub.push",
+    "save_for_hub": "inference.predictor",
+    "train": "training.train",
 }
 
 __all__ = [

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .data import DataArguments
+    from .data.prepare import DataArguments
 
 USAGE = """usage: hf-mmclf COMMAND [arguments]
 
@@ -81,7 +81,7 @@ def _parse_finished(
     from transformers import HfArgumentParser
 
     from . import DataArguments
-    from .arguments import reject_unknown, shorten_help
+    from .training.arguments import reject_unknown, shorten_help
 
     parser = HfArgumentParser(
         (FinishedArguments, DataArguments),
@@ -115,8 +115,8 @@ def _evaluate(argv: Sequence[str]) -> None:
         "if the source has splits or training split it, else on validation rows, else on all."
     )
     options, data, own = _parse_finished("evaluate", about, argv, add)
-    from .evaluation import check_suffix, report_text, whole_file
-    from .finished import FinishedModel
+    from .evaluation.report import check_suffix, report_text, whole_file
+    from .inference.predictor import FinishedModel
 
     check_suffix(own.output, (".json",))
     if Path(own.output).resolve() == Path(own.folder, "metrics.json").resolve():
@@ -145,8 +145,8 @@ def _compare(argv: Sequence[str]) -> None:
     )
     options, data, own = _parse_finished("compare", about, argv, add, ("a", "b"))
     from . import FinishedModel, compare
-    from .comparison import comparison_text
-    from .evaluation import check_suffix, whole_file
+    from .evaluation.report import check_suffix, whole_file
+    from .inference.comparison import comparison_text
 
     if own.output:
         check_suffix(own.output, (".json",))
@@ -175,8 +175,8 @@ def _predict(argv: Sequence[str]) -> None:
         "the source has splits."
     )
     options, data, own = _parse_finished("predict", about, argv, add)
-    from .evaluation import PREDICTION_SUFFIXES, check_suffix, prediction_lines, write_predictions
-    from .finished import FinishedModel
+    from .evaluation.report import PREDICTION_SUFFIXES, check_suffix, prediction_lines, write_predictions
+    from .inference.predictor import FinishedModel
 
     given = own.images or own.texts
     if bool(given) == bool(data.data):
@@ -281,7 +281,7 @@ def _presets(argv: Sequence[str]) -> None:
 
 def presets_table() -> str:
     """The presets as plain text: architecture and, for the poster's eighteen, what it reports of them."""
-    from .metrics import metrics_table
+    from .evaluation.metrics import metrics_table
     from .presets import PRESETS, Poster, config_from_preset
 
     rows = []
@@ -317,8 +317,8 @@ def _cache(argv: Sequence[str]) -> None:
     import shutil
     import time
 
-    from .feature_cache import cache_entries, default_folder, folder_size, in_words
-    from .metrics import metrics_table
+    from .evaluation.metrics import metrics_table
+    from .training.feature_cache import cache_entries, default_folder, folder_size, in_words
 
     place = own.feature_cache_dir or default_folder()
     entries = cache_entries(place)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from .configuration_mmclf import MMClfConfig
+from .model.configuration_mmclf import MMClfConfig
 
 
 @dataclasses.dataclass(frozen=True)

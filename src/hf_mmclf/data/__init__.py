@@ -1,0 +1,1 @@
+"""Tables, labels, splits, transforms and batches."""

@@ -1,0 +1,236 @@
+"""What a model's scores are worth, and what they say: reports of splits, tables, files of predictions."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import EvalPrediction
+
+from ..model.configuration_mmclf import MMClfConfig
+from .ablation import ABLATIONS
+from .bootstrap import f1_intervals
+from .metrics import MultiLabelMetric, metrics_table, per_label_report
+from .subgroups import by_caption_length, by_label_count
+from .thresholds import best_threshold, thresholds_of
+
+
+def scores_of(logits: np.ndarray) -> np.ndarray:
+    """Scores in [0, 1], float32, of logits of any shape."""
+    return torch.sigmoid(torch.as_tensor(logits).float()).numpy()
+
+
+def label_names(config: MMClfConfig) -> list[str]:
+    """Names of the labels in the order of the logits, whatever the order of `id2label`."""
+    return [config.id2label[i] for i in range(config.num_labels)]
+
+
+def decisions(scores: np.ndarray, config: MMClfConfig, rows: Dataset | None = None) -> np.ndarray:
+    """Which labels are predicted by [`thresholds_of`] the rows: bool, `(rows, labels)` as the scores are."""
+    return scores.astype(np.float64) >= thresholds_of(config, rows)
+
+
+# Figures of an evaluation that may choose the best checkpoint: more is better, but for the loss.
+FIGURES = ("f1", "f1_at_0.5", "f1_macro", "f1_samples", "f1_weighted", "loss", "map", "precision", "precision_macro")
+FIGURES += ("recall", "recall_macro")
+
+
+class ComputeMetrics:
+    """For `Trainer`: micro-F1 and the rest at the threshold that suits these scores best, and `f1_at_0.5`.
+
+    A fixed threshold would pick the checkpoint whose scores happen to lie around it.
+    """
+
+    def __init__(self):
+        self.metric = MultiLabelMetric()
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        scores, references = scores_of(prediction.predictions), prediction.label_ids
+        threshold = best_threshold(scores, references)
+        figures = self.metric.compute(predictions=scores, references=references, threshold=threshold)
+        at_half = self.metric.compute(predictions=scores, references=references)
+        return {**figures, "threshold": threshold, "f1_at_0.5": at_half["f1"]}
+
+
+def report(
+    scores: np.ndarray, references: np.ndarray, config: MMClfConfig, rows: Dataset | None = None
+) -> dict[str, Any]:
+    """
+    All figures of one split, at 0.5 and at the thresholds of the configuration.
+
+    Args:
+        scores, references (`np.ndarray` of shape `(rows, labels)`): Probabilities, and multi-hot labels.
+        config ([`MMClfConfig`]): Labels and thresholds.
+        rows (`Dataset`, *optional*): Columns `image` and `text`: for the thresholds of rows that lack one, and for
+            figures by the length of the captions, if the model reads them.
+
+    Returns:
+        `dict`: `rows`, `at_0.5` and `fitted` (figures of [`MultiLabelMetric`]), `per_label` (with `f1_at_0.5`); and,
+        all at the configuration's thresholds, `intervals` (95 %, of [`f1_intervals`]), `by_label_count`,
+        `by_caption_length` (with `rows`) and `warnings` (sentences).
+    """
+    metric, names = MultiLabelMetric(), label_names(config)
+    thresholds, texts = thresholds_of(config, rows), None if rows is None or not config.has_text else rows["text"][:]
+    predicted = scores.astype(np.float64) >= thresholds
+    labels = per_label_report(scores, references, thresholds, names)
+    for row, at_half in zip(labels, per_label_report(scores, references, 0.5, names), strict=True):
+        row["f1_at_0.5"] = at_half["f1"]
+    for row, threshold in zip(labels, config.thresholds, strict=True):
+        row["threshold"] = threshold
+    return {
+        "rows": len(scores),
+        "at_0.5": metric.compute(predictions=scores, references=references),
+        "fitted": metric.compute(predictions=scores, references=references, threshold=thresholds),
+        "intervals": f1_intervals(predicted, references),
+        "per_label": labels,
+        "by_label_count": by_label_count(predicted, references),
+        **({} if texts is None else {"by_caption_length": by_caption_length(predicted, references, texts)}),
+        "warnings": _warnings(predicted, references, names),
+    }
+
+
+MANY_EMPTY, NAMED_LABELS = 0.1, 20  # share of rows that is worth a warning; most names in one
+
+
+def _warnings(predicted: np.ndarray, references: np.ndarray, names: Sequence[str]) -> list[str]:
+    """What is wrong with predictions that an average may hide."""
+    warnings, actual = [], references == 1
+    labelled = actual.any(axis=1)
+    empty = int((labelled & ~predicted.any(axis=1)).sum())
+    if empty > MANY_EMPTY * labelled.sum():
+        share = f"{empty:,} of the {labelled.sum():,} rows that have a label ({empty / labelled.sum():.0%})"
+        warnings.append(f"Nothing is predicted for {share}.")
+    support = actual.sum(axis=0)
+    never = [f"{names[i]} ({support[i]:,})" for i in np.flatnonzero((support > 0) & ~predicted.any(axis=0))]
+    if never:
+        more = f" and {len(never) - NAMED_LABELS} more" if len(never) > NAMED_LABELS else ""
+        warnings.append(f"Never predicted, though rows have them: {', '.join(never[:NAMED_LABELS])}{more}.")
+    return warnings
+
+
+def report_table(reports: dict[str, dict[str, Any]]) -> str:
+    """Plain text of the reports of some splits side by side: one line a label, then the averages."""
+    rows = []
+    for i, label in enumerate(next(iter(reports.values()))["per_label"]):
+        row = {"label": label["label"], "threshold": label["threshold"]}
+        for name, split in reports.items():
+            figures = split["per_label"][i]
+            row |= {f"{name} rows": figures["support"]}
+            row |= {f"{name} F1 at 0.5": figures["f1_at_0.5"], f"{name} F1": figures["f1"], f"{name} 95%": ""}
+        rows.append(row)
+    averages = {"micro": "f1", "macro": "f1_macro", "weighted": "f1_weighted", "samples": "f1_samples"}
+    for title, key in averages.items():
+        row = {"label": f"= {title} F1", "threshold": None}
+        for name, split in reports.items():
+            row |= {f"{name} rows": split["rows"]}
+            row |= {f"{name} F1 at 0.5": split["at_0.5"][key], f"{name} F1": split["fitted"][key]}
+            interval = split["intervals"].get(key)
+            row |= {f"{name} 95%": "" if interval is None else "{:.3f}-{:.3f}".format(*interval)}
+        rows.append(row)
+    return metrics_table(rows)
+
+
+def group_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The figures of kinds of rows in a report as rows of a table; none where it has none."""
+    titles = {"by_label_count": "labels: {}", "by_caption_length": "words of the caption: {}"}
+    return [
+        {"rows with": title.format(group["group"]), "rows": group["rows"]}
+        | {"F1, micro": group["f1"], "F1, samples": group["f1_samples"]}
+        for key, title in titles.items()
+        for group in report.get(key, ())
+    ]
+
+
+def ablation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The ablations of a report, after the rows as they are, as rows of a table; none where it has none."""
+    found = {ABLATIONS[name]: figures for name, figures in report.get("ablations", {}).items()}
+    seen = {"as they are": report["fitted"], **found} if found else {}
+    return [
+        {"rows": name, "F1, micro": values["f1"], "F1, macro": values["f1_macro"]} for name, values in seen.items()
+    ]
+
+
+def report_text(reports: dict[str, dict[str, Any]]) -> str:
+    """[`report_table`], and of the last of the splits kinds of rows, ablations and warnings."""
+    split, figures = list(reports.items())[-1]
+    tables = [metrics_table(rows) for rows in (group_rows(figures), ablation_rows(figures)) if rows]
+    warnings = [f"Warning: {warning}" for warning in figures["warnings"]]
+    return "\n\n".join([report_table(reports), f"Of the {split} rows:", *tables, *warnings])
+
+
+PREDICTION_SUFFIXES = (".csv", ".jsonl")
+
+
+def check_suffix(path: str | Path, suffixes: tuple[str, ...]) -> None:
+    """`ValueError` for a file name that does not end in one of `suffixes`."""
+    if Path(path).suffix not in suffixes:
+        raise ValueError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[TextIO]:
+    """A text file to write that is there whole or not at all; what it replaces stays until then."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_predictions(path: str | Path, rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> None:
+    """
+    Writes predicted labels to a file that is there whole or not at all.
+
+    Args:
+        path (`str` or `Path`): `.csv` for the competition's form, `ImageID,Labels`, with the labels as the data writes
+            them, separated by spaces (by `|` if a label has a space in it); `.jsonl` for one object a row, with the
+            labels and all scores by name.
+        rows (`Dataset`): The columns `image`, `text` and `where`.
+        scores (`np.ndarray` of shape `(rows, labels)`): Probabilities.
+        config ([`MMClfConfig`]): Labels and thresholds.
+    """
+    check_suffix(path, PREDICTION_SUFFIXES)
+    with whole_file(path) as file:
+        if Path(path).suffix == ".csv":
+            ids = np.array(config.label_ids or label_names(config))
+            delimiter = "|" if any(len(label.split()) > 1 for label in ids) else " "
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["ImageID", "Labels"])
+            for name, hits in zip(_names(rows), decisions(scores, config, rows), strict=True):
+                writer.writerow([name, delimiter.join(ids[hits])])
+        else:
+            for name, ranked in zip(_names(rows), _ranked(scores, config, rows), strict=True):
+                labels = [label for label, _, hit in ranked if hit]
+                line = {"image": name, "labels": labels, "scores": {label: score for label, score, _ in ranked}}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def prediction_lines(rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> list[str]:
+    """One line of text a row: its name, and its labels with their scores, most likely first."""
+    return [
+        f"{name}: " + (", ".join(f"{label} {score:.2f}" for label, score, hit in ranked if hit) or "no label")
+        for name, ranked in zip(_names(rows), _ranked(scores, config, rows), strict=True)
+    ]
+
+
+def _ranked(scores: np.ndarray, config: MMClfConfig, rows: Dataset) -> Iterator[list[tuple[str, float, bool]]]:
+    """Label, score and whether it is predicted, for each row, most likely first."""
+    names = label_names(config)
+    for row, hits in zip(scores, decisions(scores, config, rows), strict=True):
+        order = np.argsort(-row, kind="stable")
+        yield [(names[i], round(float(row[i]), 6), bool(hits[i])) for i in order]
+
+
+def _names(rows: Dataset) -> list[str]:
+    """What each row is called: its picture's name, or its place in the source."""
+    names = [image if isinstance(image, str) or image is None else image.get("path") for image in rows["image"]]
+    return [name or where for name, where in zip(names, rows["where"], strict=True)]

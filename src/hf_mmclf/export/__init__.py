@@ -1,0 +1,1 @@
+"""Export to ONNX and the script that runs the exported model."""

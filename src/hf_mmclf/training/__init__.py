@@ -1,0 +1,1 @@
+"""Training runs: arguments, losses, the trainer and what a run writes."""

@@ -1,0 +1,238 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from support.training_runs import TINY, TWO_PROCESSES, write_table
+
+from hf_mmclf import FinishedModel, parse_arguments, train
+from hf_mmclf.data.collator import Collator, EvaluationImageTransform, RowTransform
+from hf_mmclf.data.prepare import DataArguments
+from hf_mmclf.data.streaming import StreamCollator, open_stream
+from hf_mmclf.data.tables import read_table
+from hf_mmclf.data.tokenizer import load_tokenizer
+from hf_mmclf.model.image_processing_mmclf import MMClfImageProcessor
+
+NAMES = ["blue", "cat", "dog", "green", "red"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """60 rows as JSON lines and, in four shards, as Parquet with the pictures' bytes."""
+    folder = tmp_path_factory.mktemp("stream")
+    rows = read_table(write_table(folder)).to_list()
+    rows = [{"image": row["file"], "text": row["words"], "labels": row["tags"].split("|")} for row in rows]
+    lines = "\n".join(json.dumps({**row, "labels": "|".join(row["labels"])}) for row in rows)
+    (folder / "rows.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "names.json").write_text(json.dumps({name: name.upper() for name in NAMES}), encoding="utf-8")
+    for row in rows:
+        row["image"] = {"bytes": (folder / "pictures" / row["image"]).read_bytes(), "path": row["image"]}
+        row["labels"] = [NAMES.index(name) for name in row["labels"]]
+    features = Features({"image": Image(), "text": Value("string"), "labels": List(ClassLabel(names=NAMES))})
+    (folder / "parquet").mkdir()
+    for shard in range(4):
+        file = folder / "parquet" / f"train-{shard}.parquet"
+        Dataset.from_list(rows[shard::4], features=features).to_parquet(str(file))
+    Dataset.from_list(rows[:12], features=features).to_parquet(str(folder / "parquet" / "validation.parquet"))
+    return folder
+
+
+def lines(folder: Path, **changes) -> DataArguments:
+    given = dict(data=str(folder / "rows.jsonl"), image_dir=str(folder / "pictures"), streaming=True)
+    given |= dict(label_names_file=str(folder / "names.json"), validation_rows=10, shuffle_buffer=8)
+    return DataArguments(**given | changes)
+
+
+def take(stream, count):
+    return [row for row, _ in zip(stream.rows, range(count), strict=False)]
+
+
+def flags(folder: Path, output: Path, *more: str) -> list[str]:
+    given = ["--data", str(folder / "rows.jsonl"), "--image_dir", str(folder / "pictures"), "--preset", "demo", *TINY]
+    given += ["--streaming", "--label_names_file", str(folder / "names.json"), "--validation_rows", "10"]
+    given += ["--shuffle_buffer", "8", "--per_device_train_batch_size", "4", "--output_dir", str(output)]
+    return [*given, "--use_cpu", "true", *more]
+
+
+def test_a_stream_has_no_end_and_each_pass_has_another_order(folder):
+    stream, prepared = open_stream(lines(folder), True, True, seed=0)
+    seen = [row["image"] for row in take(stream, 150)]
+    held = {f"{row}.png" for row in range(10)}
+    assert prepared.splits["validation"]["image"][:] == [f"{row}.png" for row in range(10)]
+    assert set(seen[:60]) <= {f"{row}.png" for row in range(60)} - held and len(set(seen)) == 50
+    assert seen[:50] != sorted(seen[:50], key=lambda name: int(name[:-4])) and seen[:50] != seen[50:100]
+    assert [row["image"] for row in take(open_stream(lines(folder), True, True, seed=0)[0], 150)] == seen
+    assert [row["image"] for row in take(open_stream(lines(folder), True, True, seed=1)[0], 150)] != seen
+
+
+def test_rows_held_out_stay_out_with_all_captions_of_their_pictures(folder, tmp_path):
+    text = (folder / "rows.jsonl").read_text().split("\n")
+    again = json.dumps({**json.loads(text[0]), "text": "another caption"})
+    (tmp_path / "rows.jsonl").write_text("\n".join([*text, again]))
+    stream, _ = open_stream(lines(folder, data=str(tmp_path / "rows.jsonl")), True, True, seed=0)
+    assert not {f"{row}.png" for row in range(10)} & {row["image"] for row in take(stream, 120)}
+
+
+def test_batches_are_those_of_a_table(folder):
+    stream, _ = open_stream(lines(folder), True, True, seed=0)
+    transform = RowTransform(stream.folder, EvaluationImageTransform(MMClfImageProcessor(size=32)))
+    rows = take(stream, 3)
+    made = StreamCollator(stream, transform, Collator(None, image_size=32))(rows)
+    names = sorted(NAMES)
+    expected = [[float(name in row["labels"].split("|")) for name in names] for row in rows]
+    assert made["labels"].tolist() == expected
+    picture = transform({"text": [None], "image": [rows[1]["image"]], "where": [""]})["pixel_values"][0]
+    assert made["pixel_values"][1].equal(picture)
+
+
+def test_parquet_with_class_labels_and_pictures(folder):
+    args = DataArguments(data=str(folder / "parquet"), streaming=True)
+    stream, prepared = open_stream(args, True, True, seed=0)
+    assert stream.labels.ids == tuple(NAMES) and len(prepared.splits["validation"]) == 12
+    transform = RowTransform(stream.folder, EvaluationImageTransform(MMClfImageProcessor(size=32)))
+    batch = StreamCollator(stream, transform, Collator(None, image_size=32))(take(stream, 4))
+    assert batch["pixel_values"].shape == (4, 3, 32, 32) and (batch["labels"].sum(1) == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(label_names_file=None), "after which all labels are known; give --label_names_file"),
+        (dict(validation_rows=0), "has no validation rows.*give --validation_data, or --validation_rows"),
+        (dict(validation_rows=60), "--validation_rows 60 leaves no training rows"),
+        (dict(data="no.jsonl"), "no.jsonl.*no such file"),
+        (dict(data="table.csv"), ".csv tables are read whole; make it .parquet or .jsonl"),
+        (dict(data=None), "--streaming needs --data"),
+        (dict(label_column="no"), "--label_column: no column 'no'"),
+    ],
+)
+def test_streams_that_cannot_be(changes, message, folder):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_stream(lines(folder, **changes), True, True, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "--streaming has no epochs; give --max_steps"),
+        (["--max_steps", "4", "--eval_strategy", "epoch", "--save_strategy", "epoch"], "give --eval_strategy steps"),
+        (["--max_steps", "4", "--cache_features"], "--cache_features keeps something of each row"),
+    ],
+)
+def test_settings_that_need_the_number_of_rows(more, message, folder, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(*parse_arguments(flags(folder, tmp_path / "m", *more)))
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_unknown_label_names_its_row(folder):
+    stream, _ = open_stream(lines(folder), True, True, seed=0)
+    row = {"image": "3.png", "text": "a bird", "labels": "cat|bird"}
+    with pytest.raises(ValueError, match=r"rows.jsonl: row \{'image': '3.png'.*unknown label 'bird'"):
+        StreamCollator(stream, RowTransform(stream.folder), Collator())([row])
+
+
+@pytest.mark.parametrize(("policy", "rows"), [("error", None), ("skip", 1), ("missing", 2)])
+def test_bad_pictures(policy, rows, folder, tmp_path):
+    stream, _ = open_stream(lines(folder, bad_images=policy), True, True, seed=0)
+    bad = tmp_path / "bad.png"  # a file, but no picture
+    bad.write_bytes(b"no picture")
+    transform = RowTransform(stream.folder, EvaluationImageTransform(MMClfImageProcessor(size=32)))
+    given = [{**take(stream, 1)[0], "image": str(bad)}, take(stream, 1)[0]]
+    tokenizer, _ = load_tokenizer("train", stream.head["text"], 60)
+    collate = StreamCollator(stream, transform, Collator(tokenizer, image_size=32))
+    if rows is None:
+        with pytest.raises(ValueError, match="bad.png"):
+            collate(given)
+    else:
+        assert collate(given)["image_mask"].tolist() == [False, True][-rows:]
+
+
+def test_a_streamed_run_is_a_whole_folder(folder, tmp_path):
+    output = train(*parse_arguments(flags(folder, tmp_path / "m", "--max_steps", "30", "--learning_rate", "5e-3")))
+    record = json.loads((output / "training.json").read_text())
+    assert "training rows are streamed" in record["splits"] and record["rows"] == {"validation": 10}
+    assert [entry["step"] for entry in record["history"] if "eval_f1" in entry] == list(range(3, 31, 3))
+    assert (output / "splits.csv").read_text().count("validation,") == 10
+    assert FinishedModel.load(output).model.config.id2label[1] == "CAT"
+    assert "streamed" in (output / "README.md").read_text()
+
+
+# What each process has seen, in the order of its steps
+
+SEEN = """
+import json, os, sys
+sys.path[:0] = [sys.argv[1]]
+from hf_mmclf import parse_arguments, train
+from hf_mmclf.training.trainer import MMClfTrainer
+from hf_mmclf.data.streaming import StreamCollator
+import torch
+
+log, call, step = sys.argv[2], StreamCollator.__call__, MMClfTrainer.training_step
+
+def named(self, rows):
+    batch = call(self, rows)
+    if batch:
+        batch["rows"] = torch.tensor([int(row["image"][:-4]) for row in rows])
+    return batch
+
+def told(self, model, inputs, *args, **kwargs):
+    with open(f"{log}-{self.args.process_index}", "a") as file:
+        file.write(json.dumps([self.state.global_step, inputs.pop("rows").tolist()]) + "\\n")
+    return step(self, model, inputs, *args, **kwargs)
+
+StreamCollator.__call__, MMClfTrainer.training_step = named, told
+train(*parse_arguments(sys.argv[3:]))
+"""
+
+
+def run(log: Path, *given: str, options: tuple[str, ...] = ()) -> subprocess.Popen:
+    script = log.with_suffix(".py")
+    script.write_text(SEEN)
+    launcher = ["-m", "accelerate.commands.launch", *options] if options else []
+    command = [sys.executable, *launcher, str(script), str(Path(__file__).parents[1]), str(log), *given]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def seen(log: Path, process: int = 0) -> list[list]:
+    return [json.loads(line) for line in Path(f"{log}-{process}").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_see_the_rows_of_one_step_by_step(folder, tmp_path):
+    two = run(tmp_path / "two", *flags(folder, tmp_path / "m2", "--max_steps", "20"), options=TWO_PROCESSES)
+    alone = flags(folder, tmp_path / "m1", "--max_steps", "20", "--per_device_train_batch_size", "8")
+    one = run(tmp_path / "one", *alone)
+    for process in (two, one):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    together = [a[1] + b[1] for a, b in zip(*(seen(tmp_path / "two", rank) for rank in (0, 1)), strict=True)]
+    assert together == [rows for _, rows in seen(tmp_path / "one")] and len(together) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_killed_stream_goes_on_with_the_rows_that_were_next(workers, folder, tmp_path):
+    given = ["--max_steps", "40", "--save_steps", "5", "--dataloader_num_workers", workers, "--eval_strategy", "no"]
+    given += ["--load_best_model_at_end", "false"]
+    whole = run(tmp_path / "whole", *flags(folder, tmp_path / "m1", *given))
+    output, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, output
+    killed = run(tmp_path / "killed", *flags(folder, tmp_path / "m2", *given))
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "m2" / "checkpoints").glob("checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline and killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    resumed = run(tmp_path / "resumed", *flags(folder, tmp_path / "m2", *given, "--resume_from_checkpoint", "true"))
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    expected, after = seen(tmp_path / "whole"), seen(tmp_path / "resumed")
+    assert 0 < len(after) < len(expected) == 40
+    assert after == expected[-len(after) :]

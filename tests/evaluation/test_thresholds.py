@@ -1,0 +1,217 @@
+import logging
+from itertools import product
+
+import numpy as np
+import pytest
+from scipy.special import expit
+from sklearn.metrics import f1_score, fbeta_score, precision_score, recall_score
+
+from hf_mmclf.evaluation.thresholds import best_threshold, label_thresholds
+
+
+def draw(rows=200, labels=5, seed=0, digits=None, prevalence=0.3):
+    """Scores that know something about the references; `digits` makes ties."""
+    rng = np.random.default_rng(seed)
+    references = rng.random((rows, labels)) < prevalence
+    scores = 1 / (1 + np.exp(-rng.normal(2.0 * references - 1.5, 1.5)))
+    return (scores if digits is None else scores.round(digits)), references.astype(int)
+
+
+def micro_f1(scores, references, threshold):
+    predicted = scores >= threshold
+    return 2 * (predicted & (references == 1)).sum() / max(predicted.sum() + references.sum(), 1)
+
+
+@pytest.mark.parametrize("digits", [1, 2, None])
+@pytest.mark.parametrize("seed", range(5))
+def test_best_threshold_is_that_of_a_search_over_every_cut(seed, digits):
+    scores, references = draw(rows=60, labels=3, seed=seed, digits=digits, prevalence=(0.02, 0.3, 0.9)[seed % 3])
+    distinct = np.unique(scores[scores > 0])
+    found = [micro_f1(scores, references, cut) for cut in distinct]
+    threshold = best_threshold(scores, references)
+    assert micro_f1(scores, references, threshold) == max(found)
+    upper = distinct[np.flatnonzero(found == max(found))[-1]]  # of equally good cuts the highest
+    lower = scores[scores < upper].max(initial=0.0)
+    assert threshold == pytest.approx((upper + lower) / 2)
+    assert threshold not in scores
+
+
+def test_best_threshold_on_every_small_table():
+    levels = (0.0, 0.3, 1.0)
+    for scores, references in product(product(levels, repeat=3), product((0, 1), repeat=3)):
+        scores, references = np.array([scores]), np.array([references])
+        threshold = best_threshold(scores, references)
+        assert 0 < threshold < 1
+        assert micro_f1(scores, references, threshold) == max(micro_f1(scores, references, t) for t in (0.3, 1.0))
+
+
+@pytest.mark.parametrize("upper", [1.0, 0.3, 1e-6])
+def test_neighbouring_scores_are_separated_in_single_and_double_precision(upper):
+    upper = np.float32(upper)
+    scores = np.array([[upper, np.nextafter(upper, np.float32(0))]])
+    threshold = best_threshold(scores, [[1, 0]])
+    assert 0 < threshold < 1
+    assert (scores.astype(np.float64) >= threshold).tolist() == [[True, False]]
+    assert (scores >= np.float32(threshold)).tolist() == [[True, False]]
+
+
+def test_thresholds_stay_below_one_where_double_precision_has_no_number_left():
+    scores = [[1.0, np.nextafter(1.0, 0)]]
+    assert 0 < best_threshold(scores, [[1, 0]]) < 1
+    assert np.all(label_thresholds(scores, [[1, 0]]) < 1)
+
+
+def test_no_positives_gives_one_half_and_a_warning(caplog):
+    with caplog.at_level(logging.WARNING, logger="hf_mmclf"):
+        assert best_threshold([[0.2, 0.9]], [[0, 0]]) == 0.5
+        assert label_thresholds([[0.2, 0.9]], [[0, 0]]).tolist() == [0.5, 0.5]
+    assert "no threshold can be fitted" in caplog.text
+
+
+def test_label_thresholds_lie_between_the_label_s_own_and_the_global_one():
+    scores, references = draw(rows=300, labels=4, prevalence=[0.5, 0.2, 0.02, 0.0])
+    common = best_threshold(scores, references)
+    own = [best_threshold(scores[:, [i]], references[:, [i]]) for i in range(3)]
+    assert label_thresholds(scores, references, shrinkage=0) == pytest.approx([*own, common])
+    assert label_thresholds(scores, references, shrinkage=1e12) == pytest.approx([common] * 4)
+    support = references.sum(axis=0)[:3]
+    half = [label_thresholds(scores, references, shrinkage=n)[i] for i, n in enumerate(support)]
+    logits = [np.log(t / (1 - t)) for t in (np.array(half), np.array(own), common)]
+    assert logits[0] == pytest.approx((logits[1] + logits[2]) / 2)
+    assert label_thresholds(scores, references)[3] == common
+
+
+def test_a_label_s_threshold_depends_on_other_labels_only_through_the_global_one():
+    scores, references = draw(rows=300, labels=3)
+    changed = scores.copy()
+    changed[:, 1:] = changed[::-1, 1:]
+    first, second = (label_thresholds(table, references, shrinkage=0)[0] for table in (scores, changed))
+    assert first == second
+
+
+def test_shrinking_helps_where_labels_are_rare():
+    """Thresholds fitted on 300 rows, macro-F1 on 5,000 others: naive per-label, shrunk, and global."""
+    rng = np.random.default_rng(0)
+    prevalence = np.geomspace(0.5, 0.005, 18)
+
+    def rows(count, separation, offset):
+        references = rng.random((count, 18)) < prevalence
+        evidence = rng.normal(separation * (references - 0.5))
+        logits = np.log(prevalence / (1 - prevalence)) + separation * evidence + offset
+        return 1 / (1 + np.exp(-logits)), references
+
+    found = []
+    for _ in range(20):
+        separation, offset = rng.uniform(1, 4, 18), rng.normal(0, 0.5, 18)
+        scores, references = rows(300, separation, offset)
+        test_scores, test_references = rows(5000, separation, offset)
+        candidates = (
+            label_thresholds(scores, references, shrinkage=0),
+            label_thresholds(scores, references),
+            best_threshold(scores, references),
+        )
+        each = [f1_score(test_references, test_scores >= t, average="macro", zero_division=0) for t in candidates]
+        found.append(each)
+    naive, shrunk, common = np.mean(found, axis=0)
+    assert shrunk > naive + 0.003
+    assert shrunk > common + 0.008
+
+
+AVERAGES = {"micro": {"zero_division": 0}, "macro": {"zero_division": 0}, "samples": {"zero_division": 1}}
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("objective", AVERAGES)
+def test_every_objective_is_maximised_as_scikit_learn_counts_it(objective, beta):
+    options = {"beta": beta, "average": objective, **AVERAGES[objective]}
+    for seed, digits in product(range(4), (1, None)):
+        scores, references = draw(rows=30, labels=3, seed=seed, digits=digits)
+        found = [fbeta_score(references, scores >= cut, **options) for cut in np.unique(scores[scores > 0])]
+        threshold = best_threshold(scores, references, objective, beta)
+        assert fbeta_score(references, scores >= threshold, **options) == pytest.approx(max(found))
+
+
+@pytest.mark.parametrize("objective", ["micro", "samples"])
+def test_label_thresholds_are_better_together_than_one_for_all(objective):
+    scores, references = draw(rows=300, labels=4, prevalence=[0.6, 0.3, 0.1, 0.03])
+    scores = expit(np.log(scores / (1 - scores)) + [0, 1, 2, 3])  # each label's scores lie elsewhere
+    own = label_thresholds(scores, references, 0, objective)
+
+    def value(thresholds):
+        return f1_score(references, scores >= thresholds, average=objective, **AVERAGES[objective])
+
+    assert value(own) > value(best_threshold(scores, references, objective)) + 0.02
+    for label, step in product(range(4), (-0.05, -0.01, 0.01, 0.05)):  # no label's threshold can be bettered alone
+        other = own.copy()
+        other[label] = np.clip(other[label] + step, 0.001, 0.999)
+        assert value(other) <= value(own) + 1e-12
+
+
+def test_precision_is_reached_with_the_largest_recall():
+    scores, references = draw(rows=400)
+    for precision in (0.5, 0.8, 0.95):
+        threshold = best_threshold(scores, references, "precision", precision=precision)
+        above = scores.ravel() >= threshold
+        assert precision_score(references.ravel(), above) >= precision
+        recalls = [
+            recall_score(references.ravel(), scores.ravel() >= cut)
+            for cut in np.unique(scores)
+            if precision_score(references.ravel(), scores.ravel() >= cut) >= precision
+        ]
+        assert recall_score(references.ravel(), above) == max(recalls)
+    for shrinkage in (0, 20.0, None):
+        each = label_thresholds(scores, references, shrinkage, "precision", precision=0.8)
+        assert all(precision_score(references[:, i], scores[:, i] >= each[i]) >= 0.8 for i in range(5))
+
+
+def test_precision_that_cannot_be_reached_is_said(caplog):
+    scores = np.array([[0.9], [0.8], [0.7], [0.1]])
+    with caplog.at_level(logging.WARNING, logger="hf_mmclf"):
+        threshold = best_threshold(scores, [[0], [1], [1], [0]], "precision", precision=0.9)
+    assert 0.1 < threshold < 0.7  # two of three is the best there is
+    assert "No threshold has a precision of 0.900: the most precise one has 0.667" in caplog.text
+
+
+def test_unknown_labels_choose_nothing():
+    scores, references = draw(rows=200, labels=3)
+    unknown = np.random.default_rng(1).random(references.shape) < 0.4
+    hidden = np.where(unknown, -1, references)
+    changed = np.where(unknown, 1 - scores, scores)
+    for objective in ("micro", "macro", "samples", "precision"):
+        assert best_threshold(scores, hidden, objective) == best_threshold(changed, hidden, objective)
+        first, second = (label_thresholds(x, hidden, 2.0, objective) for x in (scores, changed))
+        assert first.tolist() == second.tolist()
+
+
+def test_cross_validation_shrinks_where_it_has_to():
+    """One score for all labels: own thresholds are noise. Scores of labels far apart: the global one is useless."""
+    rng = np.random.default_rng(0)
+    references = (rng.random((300, 12)) < 0.04).astype(int)
+    logits = rng.normal(2.5 * references - 3, 1.0)
+    alike, apart = expit(logits), expit(logits + np.linspace(-6, 6, 12))
+    common = best_threshold(alike, references)
+    near = np.abs(np.log(label_thresholds(alike, references, None) / common)).mean()
+    far = np.abs(np.log(label_thresholds(alike, references, 0) / common)).mean()
+    assert near < far / 2
+    own = label_thresholds(apart, references, 0)
+    chosen = label_thresholds(apart, references, None)
+    assert np.corrcoef(np.log(own), np.log(chosen))[0, 1] > 0.9
+    assert f1_score(references, apart >= chosen, average="macro") > 2 * f1_score(
+        references, apart >= best_threshold(apart, references), average="macro", zero_division=0
+    )
+
+
+def test_bad_requests_are_explained():
+    good, hot = [[0.1, 0.9], [0.8, 0.2]], [[0, 1], [1, 0]]
+    for search in (best_threshold, label_thresholds):
+        with pytest.raises(ValueError, match="unknown objective 'f1'; expected one of micro, macro"):
+            search(good, hot, objective="f1")
+        with pytest.raises(ValueError, match="beta is 0; expected a number above 0"):
+            search(good, hot, beta=0)
+        with pytest.raises(ValueError, match="precision is 90; expected a share"):
+            search(good, hot, objective="precision", precision=90)
+        with pytest.raises(ValueError, match="apply a sigmoid"):
+            search([[-3.5, 0.9], [0.8, 7.25]], hot)
+    for shrinkage in (-1, np.nan):
+        with pytest.raises(ValueError, match=f"shrinkage is {shrinkage}, expected .* 0 switches the shrinking off"):
+            label_thresholds(good, hot, shrinkage=shrinkage)

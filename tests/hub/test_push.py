@@ -1,0 +1,529 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi, HfFileSystem, ModelCard, constants
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from support.hub_server import HubHandler, HubServer, card_errors
+from support.tiny_folder import CAPTIONS, write_folder, write_table
+from transformers import AutoConfig
+
+from hf_mmclf.hub.push import PLACEHOLDER, push_to_hub
+from hf_mmclf.inference.predictor import FinishedModel, save_model
+
+NAME = "user/toys"
+CARD = f"""---
+license: mit
+pipeline_tag: image-classification
+library_name: transformers
+datasets: [user/pictures]
+base_model: [timm/densenet121.tv_in1k, google/bert_uncased_L-2_H-128_A-2]
+model-index:
+- name: {PLACEHOLDER}
+  results:
+  - task: {{type: image-classification}}
+    dataset: {{type: user/pictures, name: Pictures}}
+    metrics: [{{type: f1, value: 0.8}}]
+---
+
+# Toys
+
+`AutoModel.from_pretrained("{PLACEHOLDER}")`
+"""
+PUSHED = ("configuration", "freezing", "fusion", "image_processing", "modeling", "pipeline", "processing")
+PUSHED += ("tokens", "weights")
+SENT = {
+    *(
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "f1_by_label.png",
+        "metrics.json",
+        "splits.csv",
+        "onnx/model.onnx",
+    ),
+    *("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *(f"{name}_mmclf.py" for name in PUSHED),
+}
+KEPT = ["checkpoints/model.safetensors", "onnx/cache.pkl", "predictions-test.csv", "pytorch_model.bin", "train.log"]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    finished = FinishedModel.load(write_folder(tmp_path_factory.mktemp("tiny"), threshold=0.3))
+    folder = tmp_path_factory.mktemp("model")
+    save_model(finished.model, finished.processor, folder)
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
+    (folder / "metrics.json").write_text("{}", encoding="utf-8")
+    (folder / "splits.csv").write_text("split,row\n", encoding="utf-8")
+    (folder / "f1_by_label.png").write_bytes(b"\x89PNG\0")
+    for path in ["onnx/model.onnx", *KEPT]:
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(b"\0" + path.encode() * 50)
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """A finished folder, with what is of no use to others next to it."""
+    return shutil.copytree(original, tmp_path / "model")
+
+
+@pytest.fixture
+def push(hub, folder):
+    def push(**options):
+        return push_to_hub(folder, **{"repo_id": NAME, "token": hub.token, "endpoint": hub.endpoint, **options})
+
+    return push
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The client waits up to 23 seconds before it believes that a connection is broken."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+def local_files(folder):
+    files = {path: (folder / path).read_bytes() for path in SENT}
+    return {**files, "README.md": files["README.md"].replace(PLACEHOLDER.encode(), NAME.encode())}
+
+
+def uploads(hub):
+    """How often each large file has arrived."""
+    return Counter(
+        request.path.split("?")[0] for request in hub.requests if request.method == "PUT" and request.status
+    )
+
+
+def set_threshold(folder, threshold):
+    config = AutoConfig.from_pretrained(folder)
+    config.threshold = threshold
+    config.save_pretrained(folder)
+
+
+def test_one_commit_with_the_model_and_no_more(hub, folder, push, capsys):
+    url = push()
+    repo = hub.model(NAME)
+    commit, first = repo.history()
+    assert commit.title == "Upload model" and set(first.tree) == {".gitattributes"}
+    files = repo.files()
+    del files[".gitattributes"]
+    assert files == local_files(folder) and set(files) == SENT
+    assert f'# Toys\n\n`AutoModel.from_pretrained("{NAME}")`' in files["README.md"].decode()
+    assert (folder / "README.md").read_text(encoding="utf-8") == CARD
+    assert url == f"{hub.endpoint}/{NAME}/commit/{commit.sha}"
+    said = capsys.readouterr().out.splitlines()
+    assert set(said[0].removeprefix("Not sent: ").split(", ")) == {"checkpoints/", *KEPT[1:]}
+    assert said[1] == url
+    assert [ref.name for ref in HfApi(endpoint=hub.endpoint).list_repo_refs(NAME).branches] == ["main"]
+
+
+def test_large_files_go_to_the_storage_without_the_token(hub, push):
+    push()
+    assert uploads(hub).total() == 3  # weights, ONNX, picture
+    assert {request.token for request in hub.requests} == {hub.token, None}
+    assert all((request.token is None) == (request.method == "PUT") for request in hub.requests)
+
+
+def test_private(hub, push):
+    push(private=True, message="For us")
+    stranger, owner = HfApi(endpoint=hub.endpoint, token=False), HfApi(endpoint=hub.endpoint, token=hub.token)
+    with pytest.raises(RepositoryNotFoundError):
+        stranger.model_info(NAME)
+    assert owner.model_info(NAME).private and owner.list_repo_commits(NAME)[0].title == "For us"
+    push()
+    assert owner.model_info(NAME).private
+    push(repo_id="team/toys", private=False)
+    assert stranger.model_info("team/toys").private is False
+
+
+@pytest.mark.parametrize("private, state", [(True, "public"), (False, "private")])
+def test_a_repository_that_others_see_otherwise(private, state, hub, push):
+    """`create_repo(private=True)` says nothing where a public repository is there already."""
+    HfApi(endpoint=hub.endpoint, token=hub.token).create_repo(NAME, private=not private)
+    with pytest.raises(ValueError, match=f"{NAME} is {state} and nothing was sent; make it .* at .*/settings first"):
+        push(private=private)
+    assert len(hub.model(NAME).commits) == 1
+
+
+def test_revision_and_tag(hub, folder, push):
+    push(tag="v1")
+    repo = hub.model(NAME)
+    set_threshold(folder, 0.6)
+    (folder / "f1_by_label.png").unlink()
+    push(revision="precise", tag="v2")
+    push(revision="precise")
+    thresholds = {name: json.loads(repo.files(name)["config.json"])["threshold"] for name in ("main", "precise")}
+    assert thresholds == {"main": 0.3, "precise": 0.6}
+    assert repo.tags == {"v1": repo.branches["main"], "v2": repo.branches["precise"]}
+    assert set(repo.files("precise")) == {".gitattributes", *SENT} - {"f1_by_label.png"}
+    assert len(list(repo.history("precise"))) == 2  # on the initial commit, not on that of main
+    set_threshold(folder, 0.7)
+    push(revision="precise")
+    assert json.loads(repo.files("v2")["config.json"])["threshold"] == 0.6
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(tag="v1"), "has a tag 'v1' already and nothing was sent; choose another one"),
+        (dict(revision="v1"), "'v1' is a tag of user/toys and tags do not move; choose another name"),
+    ],
+)
+def test_tags_do_not_move(options, message, hub, folder, push):
+    push(tag="v1")
+    set_threshold(folder, 0.6)
+    with pytest.raises(ValueError, match=message):
+        push(**options)
+    assert len(hub.model(NAME).commits) == 2 and uploads(hub).total() == 3
+
+
+def test_the_next_model_takes_the_place_of_the_last(hub, folder, push):
+    push()
+    repo, api = hub.model(NAME), HfApi(endpoint=hub.endpoint, token=hub.token)
+    api.upload_file(path_or_fileobj=b"MIT", path_in_repo="LICENSE", repo_id=NAME)
+    for path in ("f1_by_label.png", "onnx/model.onnx", "splits.csv"):
+        (folder / path).unlink()
+    set_threshold(folder, 0.6)
+    push()
+    removed = {"f1_by_label.png", "onnx/model.onnx", "splits.csv"}
+    assert set(repo.files()) == {".gitattributes", "LICENSE", *SENT} - removed
+    assert len(list(repo.history())) == 4
+    assert set(uploads(hub).values()) == {1} and uploads(hub).total() == 3
+
+
+def test_nothing_new_makes_no_commit(hub, push):
+    assert push() == push()
+    assert len(hub.model(NAME).commits) == 2
+
+
+@pytest.mark.parametrize("revision", [None, "precise"])
+def test_a_broken_upload_looks_like_nothing_and_goes_on(revision, hub, folder, push, impatient):
+    if revision:
+        push()
+        (folder / "model.safetensors").write_bytes(other_weights(folder))
+        (folder / "onnx/model.onnx").write_bytes(b"\0other")
+    before = uploads(hub)
+    hub.cut(after=1)
+    with pytest.raises(ConnectionError, match="the connection broke .*; run the same again, it goes on where it stop"):
+        push(revision=revision)
+    branch = revision or "main"
+    assert (uploads(hub) - before).total() == 1
+    assert set(hub.model(NAME).files(branch)) == {".gitattributes"}
+    with pytest.raises(EntryNotFoundError):
+        HfApi(endpoint=hub.endpoint).hf_hub_download(NAME, "config.json", revision=branch, cache_dir=folder / "cache")
+    hub.mend()
+    push(revision=revision)
+    assert {path: hub.model(NAME).files(branch)[path] for path in SENT} == local_files(folder)
+    assert set(uploads(hub).values()) == {1}
+    assert len(list(hub.model(NAME).history(branch))) == 2
+
+
+def other_weights(folder):
+    """Weights of the same shape."""
+    finished = FinishedModel.load(folder)
+    with torch.no_grad():
+        finished.model.classifier.bias.add_(1)
+    finished.model.save_pretrained(folder / "other")
+    content = (folder / "other" / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "other")
+    return content
+
+
+def test_a_connection_that_breaks_at_the_commit(hub, folder, push):
+    hub.cut("POST /api/models/user/toys/commit/")
+    with pytest.raises(ConnectionError, match="user/toys shows nothing of it before all is there"):
+        push(tag="v1")
+    assert len(hub.model(NAME).commits) == 1
+    hub.cut("POST /api/models/user/toys/tag/")
+    with pytest.raises(ConnectionError):
+        push(tag="v1")
+    hub.mend()
+    push(tag="v1")
+    repo = hub.model(NAME)
+    assert len(repo.commits) == 2 and repo.tags == {"v1": repo.branches["main"]}
+    assert set(uploads(hub).values()) == {1}
+
+
+def test_a_hub_with_a_problem(hub, push, monkeypatch):
+    monkeypatch.setattr(HubHandler, "commit", None)  # status 500
+    with pytest.raises(ConnectionError, match=r"the Hub has a problem \(500: .*; run the same again"):
+        push()
+
+
+def test_a_push_that_came_between_is_not_undone(hub, push, monkeypatch):
+    api, list_files = HfApi(endpoint=hub.endpoint, token=hub.token), HfApi.list_repo_files
+
+    def list_and_lose_the_race(*args, **options):
+        files = list_files(*args, **options)
+        api.create_commit(NAME, [CommitOperationAdd("f1_by_label.png", b"of another")], commit_message="Faster")
+        return files
+
+    monkeypatch.setattr(HfApi, "list_repo_files", list_and_lose_the_race)
+    with pytest.raises(
+        OSError, match=f"{NAME} has changed meanwhile and was left alone; look, then run the same again"
+    ):
+        push()
+    assert hub.model(NAME).files()["f1_by_label.png"] == b"of another"
+
+
+class TestToken:
+    ADVICE = "make one that may write at http://.*/settings/tokens, then run `hf auth login` or set HF_TOKEN$"
+
+    def fails(self, push, **options):
+        with pytest.raises(PermissionError) as caught:
+            push(**options)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def test_missing(self, hub, push):
+        assert re.match(f"no token for {hub.endpoint}; {self.ADVICE}", self.fails(push, token=None))
+        assert hub.requests == []
+
+    @pytest.mark.parametrize("token", ["hf_wrong", None])
+    def test_wrong(self, token, hub, push, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+        message = self.fails(push, token=token)
+        assert re.match(rf"{hub.endpoint} does not know the token \(Invalid user token.*\); {self.ADVICE}", message)
+        assert "HF_TOKEN environment variable" in message
+        assert hub.repos == {}
+
+    def test_read_only(self, hub, push):
+        message = self.fails(push, token=hub.read_token)
+        assert re.match(f"the token 'my read token' of user may only read; {self.ADVICE}", message)
+        assert hub.repos == {}
+
+    def test_from_the_environment(self, hub, push, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        push(token=None)
+        assert hub.model(NAME).files()
+
+    @pytest.mark.parametrize("name", ["club/toys", "stranger/toys", "USER/toys"])
+    def test_a_place_of_others(self, name, hub, push):
+        message = self.fails(push, repo_id=name)
+        assert message.startswith(f"user may not write to {name} with this token; check the name before the slash")
+        assert f'the rights to create a model under the namespace "{name.split("/")[0]}"' in message
+        assert hub.repos == {}
+
+    @pytest.mark.parametrize("there", [False, True])
+    def test_fine_grained_without_the_right(self, there, hub, push):
+        if there:
+            HfApi(endpoint=hub.endpoint, token=hub.token).create_repo(NAME)
+        message = self.fails(push, token=hub.fine_token)
+        assert message.startswith(f"user may not write to {NAME} with this token")
+        assert not there or set(hub.model(NAME).files()) == {".gitattributes"}
+
+
+@pytest.mark.parametrize(
+    "name", ["toys", "a/b/c", "user/", "user/to ys", "user/to--ys", "user/.toys", "user/toys.git"]
+)
+def test_names_that_cannot_be(name, hub, push):
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
+        push(repo_id=name)
+    assert hub.requests == []
+
+
+class TestFoldersThatAreNotFit:
+    @pytest.fixture(autouse=True)
+    def nothing_is_sent(self, hub):
+        yield
+        assert hub.requests == []
+
+    @pytest.mark.parametrize("gone", ["README.md", "configuration_mmclf.py", "modeling_mmclf.py", "pipeline_mmclf.py"])
+    def test_a_file_is_missing(self, gone, folder, push):
+        (folder / gone).unlink()
+        with pytest.raises(ValueError, match=f"model lacks {gone}; `hf_mmclf.save_for_hub` writes all that is needed"):
+            push()
+
+    def test_a_folder_without_code(self, folder, push):
+        shutil.rmtree(folder)
+        for file in write_folder(folder).glob("*.py"):
+            file.unlink()
+        with pytest.raises(ValueError, match="lacks README.md, modeling_mmclf.py"):
+            push()
+
+    def test_unfinished(self, folder, push):
+        (folder / "config.json").unlink()
+        with pytest.raises(FileNotFoundError, match=r"no config.json\); its training has not finished"):
+            push()
+
+    def test_weights_cut_short(self, folder, push):
+        weights = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(weights[:-8])
+        with pytest.raises(ValueError, match="model: the weights cannot be read .*; was a copy interrupted?"):
+            push()
+
+    def test_weights_in_a_pickle(self, folder, push):
+        torch.save(FinishedModel.load(folder).model.state_dict(), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(ValueError, match="lacks model.safetensors"):
+            push()
+
+
+def test_a_card_that_the_hub_refuses(hub, folder, push):
+    (folder / "README.md").write_text(CARD.replace("license: mit", "license: beerware"), encoding="utf-8")
+    with pytest.raises(ValueError, match="Invalid metadata in README.md"):
+        push()
+    assert set(hub.model(NAME).files()) == {".gitattributes"} and uploads(hub) == {}
+
+
+def test_no_hub_in_reach(push, monkeypatch):
+    with HubServer() as gone:
+        pass
+    with pytest.raises(ConnectionError, match=f"{gone.endpoint} cannot be reached"):
+        push(endpoint=gone.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="offline mode is enabled. To disable it"):
+        push()
+
+
+EXAMPLE = """
+import runpy, sys
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+PULL = """
+import json, sys
+import torch
+from huggingface_hub import ModelCard, constants, snapshot_download
+from transformers import AutoModel, AutoProcessor
+import hf_mmclf
+
+name, images, text = json.load(sys.stdin)
+model, processor = AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
+with torch.no_grad():
+    logits = model(**processor(images=images, text=text)).logits
+precise = AutoModel.from_pretrained(name, revision="precise")
+found = {"logits": logits.tolist(), "labels": hf_mmclf.pipeline(name)(text=text), "snapshot": snapshot_download(name)}
+found["thresholds"] = [model.config.threshold, precise.config.threshold]
+if not constants.HF_HUB_OFFLINE:
+    card = ModelCard.load(name)
+    card.validate()
+    found["metrics"] = [result.metric_value for result in card.data.eval_results]
+print(json.dumps(found))
+"""
+
+
+def run(code, arguments, given, environment):
+    command = [sys.executable, "-c", code, *arguments]
+    child = subprocess.run(command, input=given, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+    return child.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_push_and_pull_and_the_example(hub, folder, push, tmp_path):
+    """Two processes for which this is the Hub: one runs the example and pulls, the other pulls offline."""
+    push(private=True)
+    write_table(tmp_path)
+    rows = [str(tmp_path / f"{row}.jpg") for row in range(3)], CAPTIONS[:3]
+    finished = FinishedModel.load(folder)
+    with torch.no_grad():
+        logits = finished.model(**finished.processor(*rows)).logits
+    example = str(Path(__file__).parents[2] / "examples" / "push_to_hub.py")
+    arguments = [example, str(folder), NAME, "--threshold", "0.8", "--revision", "precise"]
+    environment = hub.environment(tmp_path / "home")
+    given = json.dumps([NAME, *rows])
+    lines = run(EXAMPLE + PULL, arguments, given, environment)
+
+    repo, pulled = hub.model(NAME), json.loads(lines[-1])
+    torch.testing.assert_close(torch.tensor(pulled["logits"]), logits, rtol=0, atol=1e-6)
+    assert pulled["metrics"] == [0.8] and pulled["thresholds"] == [0.3, 0.8]
+    snapshot = Path(pulled["snapshot"])
+    assert {path: (snapshot / path).read_bytes() for path in SENT} == local_files(folder)
+    assert all(request.token is None for request in hub.requests if request.path.startswith("/models/"))
+
+    assert lines[-2].endswith(repo.branches["precise"])
+    ours, theirs = (json.loads(repo.files(name)["config.json"]) for name in ("main", "precise"))
+    assert theirs == {**ours, "threshold": 0.8}
+    card = ModelCard(repo.files("precise")["README.md"].decode())
+    assert card.text.lstrip().startswith("> Threshold 0.8 for all labels. The figures below are for the fitted 0.3.")
+    assert local_files(folder) == {path: repo.files()[path] for path in SENT}
+
+    asked = len(hub.requests)
+    offline = json.loads(run(PULL, [], given, {**environment, "HF_HUB_OFFLINE": "1"})[-1])
+    assert {**pulled, **offline} == pulled
+    assert len(hub.requests) == asked
+
+
+class TestServer:
+    """What else the server must be right about, so that tests can build on it."""
+
+    @pytest.fixture
+    def api(self, hub):
+        api = HfApi(endpoint=hub.endpoint, token=hub.token)
+        api.create_repo(NAME)
+        files = {"README.md": CARD.encode(), "a/b/c.txt": b"c", "a/d.txt": b"d", "e.safetensors": bytes(range(200))}
+        api.create_commit(NAME, [CommitOperationAdd(*file) for file in files.items()], commit_message="First")
+        return api
+
+    def test_lists(self, api):
+        top = {entry.path: getattr(entry, "size", None) for entry in api.list_repo_tree(NAME)}
+        assert set(top) == {".gitattributes", "README.md", "a", "e.safetensors"} and top["e.safetensors"] == 200
+        assert {entry.path for entry in api.list_repo_tree(NAME, "a")} == {"a/b", "a/d.txt"}
+        assert {entry.path for entry in api.list_repo_tree(NAME, "a", recursive=True)} == {
+            "a/b",
+            "a/b/c.txt",
+            "a/d.txt",
+        }
+        assert [entry.path for entry in api.get_paths_info(NAME, ["a/d.txt", "z"])] == ["a/d.txt"]
+        info = api.model_info(NAME, files_metadata=True)
+        weights = next(sibling for sibling in info.siblings if sibling.rfilename == "e.safetensors")
+        assert weights.lfs.size == 200 and info.pipeline_tag == "image-classification"
+        assert info.card_data.license == "mit"
+        with pytest.raises(EntryNotFoundError):
+            list(api.list_repo_tree(NAME, "z"))
+
+    def test_history(self, hub, api, tmp_path):
+        first = api.model_info(NAME).sha
+        api.delete_folder("a", NAME)
+        assert "a/d.txt" not in api.list_repo_files(NAME) and "a/d.txt" in api.list_repo_files(NAME, revision=first)
+        for revision in (first, first[:7]):
+            file = api.hf_hub_download(NAME, "a/d.txt", revision=revision, cache_dir=tmp_path / revision)
+            assert Path(file).read_bytes() == b"d"
+        api.create_tag(NAME, tag="old", revision=first)
+        api.create_branch(NAME, branch="side", revision="old")
+        api.upload_file(path_or_fileobj=b"f", path_in_repo="f.txt", repo_id=NAME, revision="side")
+        assert {"a/d.txt", "f.txt"} <= set(api.list_repo_files(NAME, revision="side"))
+        api.delete_branch(NAME, branch="side")
+        api.delete_tag(NAME, tag="old")
+        refs = api.list_repo_refs(NAME)
+        assert [branch.name for branch in refs.branches] == ["main"] and refs.tags == []
+        with pytest.raises(HfHubHTTPError, match="Invalid rev id: side"):
+            api.list_repo_files(NAME, revision="side")
+
+    def test_part_of_a_file(self, api, tmp_path):
+        with HfFileSystem(endpoint=api.endpoint, token=api.token).open(f"{NAME}/e.safetensors") as file:
+            file.seek(150)
+            assert file.read(10) == bytes(range(150, 160))
+
+    @pytest.mark.parametrize(
+        "metadata, error",
+        [
+            (dict(license="MIT"), '"license" must be one of'),
+            (dict(pipeline_tag="image-text-classification"), '"pipeline_tag" must be one of'),
+            (dict(base_model="/home/models/bert"), '"base_model" with value "/home/models/bert" is not valid'),
+            (dict(datasets=["toys", "my own pictures"]), '"datasets" with value "my own pictures" is not valid'),
+            (dict(language="English"), '"language" must be a code'),
+            (dict(tags=["image", 3]), '"tags" must be text, not 3'),
+            ({"model-index": [dict(results=[])]}, r'"\[0\].name" is required'),
+            ({"model-index": [dict(name="a", results=[dict(metrics=[{}])])]}, r'"\[0\].results\[0\].dataset.name"'),
+            (
+                {"model-index": [dict(name="a", results=[dict(metrics=[{}])])]},
+                r'"\[0\].results\[0\].metrics\[0\].value"',
+            ),
+        ],
+    )
+    def test_cards(self, metadata, error):
+        assert any(re.match(error, found) for found in card_errors(metadata))
+        assert (
+            card_errors({"license": "mit", "tags": ["a"], "language": "en", "base_model": "bert", "datasets": []})
+            == []
+        )

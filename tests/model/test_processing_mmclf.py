@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.tiny_folder import CAPTIONS, write_folder
+from transformers import AutoProcessor
+
+from hf_mmclf import MMClfForImageTextClassification, MMClfImageProcessor, MMClfProcessor
+from hf_mmclf.data.tokenizer import load_tokenizer
+
+PICTURES = [Image.new("RGB", (30, 20 + row), color) for row, color in enumerate(("red", "lime", "blue"))]
+TEXTS = ["a dog", "a man on a dog and dogs", "no"]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return MMClfProcessor(MMClfImageProcessor(size=32), load_tokenizer("train", CAPTIONS, 60)[0])
+
+
+def test_a_batch_is_what_its_parts_make(processor):
+    inputs = processor(images=PICTURES, text=TEXTS)
+    expected = processor.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    expected["pixel_values"] = processor.image_processor(PICTURES, return_tensors="pt")["pixel_values"]
+    expected["image_mask"] = expected["text_mask"] = torch.ones(3, dtype=torch.bool)
+    assert set(inputs) == set(expected)
+    for name, values in expected.items():
+        torch.testing.assert_close(inputs[name], values, rtol=0, atol=0)
+
+
+def test_one_row_is_a_batch_of_one(processor):
+    expected = processor(images=PICTURES[:1], text=TEXTS[:1])
+    array = np.array(PICTURES[0])
+    for picture in (PICTURES[0], array, torch.from_numpy(array), array[None], (PICTURES[0],)):
+        inputs = processor(images=picture, text=TEXTS[0])
+        assert all(torch.equal(inputs[name], values) for name, values in expected.items())
+
+
+def test_what_a_row_lacks_is_masked(processor):
+    inputs = processor(images=[None, PICTURES[1], None], text=[TEXTS[0], None, " \n"])
+    assert inputs["image_mask"].tolist() == [False, True, False]
+    assert inputs["text_mask"].tolist() == [True, False, False]
+    assert not inputs["pixel_values"][[0, 2]].any()
+    assert torch.equal(inputs["pixel_values"][1:2], processor(images=PICTURES[1])["pixel_values"])
+    assert set(processor(images=PICTURES)) == {"pixel_values", "image_mask"}
+    assert set(processor(text=TEXTS)) == {"input_ids", "attention_mask", "token_type_ids", "text_mask"}
+    assert not processor(images=[None], text="a")["image_mask"].any()
+
+
+def test_long_captions_are_cut(processor):
+    assert processor(text="a man " * 20, max_length=8)["input_ids"].shape == (1, 8)
+    limited = MMClfProcessor(tokenizer=load_tokenizer("train", CAPTIONS, 60)[0])
+    limited.tokenizer.model_max_length = 5
+    assert limited(text=["a man " * 20, "a"])["input_ids"].shape == (2, 5)
+
+
+def test_arrays_instead_of_tensors(processor):
+    tensors, arrays = (processor(images=PICTURES, text=TEXTS, return_tensors=kind) for kind in ("pt", "np"))
+    for name, values in arrays.items():
+        assert isinstance(values, np.ndarray)
+        np.testing.assert_array_equal(values, tensors[name].numpy())
+
+
+def test_bad_input_is_named(processor):
+    with pytest.raises(ValueError, match="neither image_processor nor tokenizer"):
+        MMClfProcessor()
+    for nothing in ({}, dict(images=[], text=[])):
+        with pytest.raises(ValueError, match="neither images nor text"):
+            processor(**nothing)
+    with pytest.raises(ValueError, match="got 3 images and 1 texts; expected as many"):
+        processor(images=PICTURES, text="a dog")
+    with pytest.raises(ValueError, match="got images, but this model has no image backbone"):
+        MMClfProcessor(tokenizer=processor.tokenizer)(images=PICTURES, text=TEXTS)
+    with pytest.raises(ValueError, match="got text, but this model has no text backbone"):
+        MMClfProcessor(processor.image_processor)(images=PICTURES, text=TEXTS)
+
+
+@pytest.mark.parametrize("kind", ["both", "image", "text"])
+def test_saved_and_loaded_it_is_the_same(kind, tmp_path):
+    """Also from a folder that only the parts have written."""
+    folder = write_folder(tmp_path / "model", kind)
+    first = AutoProcessor.from_pretrained(folder)
+    assert isinstance(first, MMClfProcessor)
+    assert (first.image_processor is None, first.tokenizer is None) == (kind == "text", kind == "image")
+    first.save_pretrained(tmp_path / "saved")
+    second = MMClfProcessor.from_pretrained(tmp_path / "saved")
+    rows = {**({} if kind == "text" else {"images": PICTURES}), **({} if kind == "image" else {"text": TEXTS})}
+    inputs, again = first(**rows), second(**rows)
+    assert set(inputs) == set(again)
+    assert all(torch.equal(inputs[name], values) for name, values in again.items())
+    model = MMClfForImageTextClassification.from_pretrained(folder)
+    assert model(**inputs).logits.shape == (3, 3)
+    assert type(first).__name__ in repr(first)
+
+
+def test_a_folder_without_parts_is_named(tmp_path):
+    with pytest.raises(OSError, match="neither preprocessor_config.json nor tokenizer_config.json is there"):
+        MMClfProcessor.from_pretrained(tmp_path)
