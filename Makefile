@@ -15,6 +15,7 @@ test: $(INSTALLED)  ## run the test suite
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 bench: $(INSTALLED)  ## image-only, text-only and fused on the embedded data set
 	$(BIN)/python benchmarks/modalities.py

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from hf_mmclf import FinishedModel, demo_dataset, parse_arguments, train
+from hf_mmclf import Predictor, demo_dataset, parse_arguments, train
 from hf_mmclf.data.demo import DEMO_LABELS
 from hf_mmclf.evaluation.metrics import metrics_table
 from hf_mmclf.inference.explanation import explain
@@ -37,7 +37,7 @@ def area(boxes: Sequence[Sequence[int]], size: tuple[int, int]) -> np.ndarray:
     return inside
 
 
-def questions(finished: FinishedModel, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list]:
+def questions(finished: Predictor, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list]:
     """For each kind of label and part of a row: the strongest place there, and which places are right."""
     asked = defaultdict(list)
     for row in rows:
@@ -97,7 +97,7 @@ def main() -> None:
             flags = ["--preset", "demo", "--demo_rows", str(options.rows), "--output_dir", f"{scratch}/model"]
             flags += ["--num_train_epochs", str(options.epochs)] if options.epochs else []
             folder = train(*parse_arguments(flags))
-        finished = FinishedModel.load(Path(folder))
+        finished = Predictor.load(Path(folder))
     print("\n" + metrics_table(hit_rates(questions(finished, demo_dataset(options.rows)["test"]))))
 
 

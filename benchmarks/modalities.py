@@ -17,14 +17,14 @@ from sklearn.metrics import f1_score
 from hf_mmclf import DataArguments, demo_dataset, parse_arguments, train
 from hf_mmclf.data.demo import DEMO_LABELS, ceiling
 from hf_mmclf.evaluation.metrics import metrics_table
-from hf_mmclf.inference.predictor import FinishedModel
+from hf_mmclf.inference.predictor import Predictor
 
 MODELS = {"demo-image": "image", "demo-text": "text", "demo": "both"}
 
 
 def test_f1(folder: Path) -> dict[str, float]:
     """Micro-F1 on the test rows, over all labels and over those that take the same to know."""
-    finished = FinishedModel.load(folder)
+    finished = Predictor.load(folder)
     prepared = finished.prepare(DataArguments())
     rows, config = prepared.splits["test"], finished.model.config
     hits = finished.scores(rows, prepared.folder) >= np.array(config.thresholds)

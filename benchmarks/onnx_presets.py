@@ -26,14 +26,14 @@ from hf_mmclf.data.tokenizer import load_tokenizer
 from hf_mmclf.evaluation.metrics import metrics_table
 from hf_mmclf.export.onnx import export_onnx
 from hf_mmclf.export.onnx_predict import OnnxClassifier
-from hf_mmclf.inference.predictor import FinishedModel
+from hf_mmclf.inference.predictor import Predictor
 from hf_mmclf.presets import PRESETS
 
 TIMED = "warmerdbert"
 BATCH, LABELS, TOKENS = 16, 18, 16
 
 
-def random_model(preset: str, texts: list[str], folder: Path) -> FinishedModel:
+def random_model(preset: str, texts: list[str], folder: Path) -> Predictor:
     """A preset with random weights, as if training had left it in `folder`."""
     torch.manual_seed(0)
     config = config_from_preset(preset, num_labels=LABELS)
@@ -42,10 +42,10 @@ def random_model(preset: str, texts: list[str], folder: Path) -> FinishedModel:
     tokenizer = load_tokenizer("train", texts, 1000)[0] if config.has_text else None
     if tokenizer is not None:
         tokenizer.model_max_length = model.max_tokens
-    return FinishedModel(folder, model, MMClfProcessor(image_processor, tokenizer))
+    return Predictor(folder, model, MMClfProcessor(image_processor, tokenizer))
 
 
-def speeds(finished: FinishedModel, classifier: OnnxClassifier, rounds: int) -> dict[str, list[float]]:
+def speeds(finished: Predictor, classifier: OnnxClassifier, rounds: int) -> dict[str, list[float]]:
     """Pictures a second of each round."""
     model = finished.model.to(memory_format=torch.channels_last)
     batch = {

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from hf_mmclf import (
     DataArguments,
-    FinishedModel,
+    Predictor,
     best_threshold,
     demo_dataset,
     label_thresholds,
@@ -81,7 +81,7 @@ def trained(flags: list[str], data: DataArguments, changes: tuple[Callable[[Data
         began = time.perf_counter()
         folder = train(*parse_arguments([*flags, "--output_dir", f"{scratch}/model", "--disable_tqdm", "true"]))
         minutes = (time.perf_counter() - began) / 60
-        finished = FinishedModel.load(folder)
+        finished = Predictor.load(folder)
         config = finished.model.config
         found = prepare_data(data, config.has_image, config.has_text).splits
         megabytes = (folder / "model.safetensors").stat().st_size / 2**20

@@ -9,7 +9,7 @@ WHAT is one of
     cached      ten epochs of densitybert with the feature cache, computing it included, against ten of the baseline
     processes   a step of two processes, against one process with the same global batch
     loading     training rows a second and core, against the baseline's
-    evaluation  `FinishedModel.scores` from files, against the bare forward pass
+    evaluation  `Predictor.scores` from files, against the bare forward pass
     pipeline    `pipeline` on a list of files, against the bare forward pass
     memory      peak memory of a training process, against the baseline's, also with activation checkpointing
     growth      seconds a row with a table of 10,000 rows, against one of 1,000
@@ -50,7 +50,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 
-from hf_mmclf import FinishedModel, MMClfProcessor, MMClfTrainer, demo_dataset, parse_arguments, pipeline
+from hf_mmclf import MMClfProcessor, MMClfTrainer, Predictor, demo_dataset, parse_arguments, pipeline
 from hf_mmclf.data.augmentation import ImageAugmentation, TextAugmentation
 from hf_mmclf.data.collator import Collator, EvaluationImageTransform, RowTransform
 from hf_mmclf.data.prepare import DataArguments, prepare_data
@@ -199,8 +199,8 @@ class Workload:
         return self.rate_of(lambda: [model(**batch).logits for batch in batches])
 
     def scores(self) -> float:
-        """Rows a second of `FinishedModel.scores`."""
-        finished = FinishedModel(self.folder, self.model.eval(), self.processor)
+        """Rows a second of `Predictor.scores`."""
+        finished = Predictor(self.folder, self.model.eval(), self.processor)
         return self.rate_of(lambda: finished.scores(self.measured, self.folder, BATCH))
 
     def pipeline(self) -> float:

@@ -12,7 +12,7 @@ from PIL import Image
 from support.tiny_folder import CAPTIONS, LABELS, NAMES, write_folder, write_table
 from support.training_runs import TWO_PROCESSES
 
-from hf_mmclf import PRESETS, DataArguments, FinishedModel, compare
+from hf_mmclf import PRESETS, DataArguments, Predictor, compare
 from hf_mmclf.cli import main
 from hf_mmclf.evaluation.report import prediction_lines, report, report_text
 from hf_mmclf.hub import push as hub
@@ -56,7 +56,7 @@ def error_of(argv, capsys):
 
 
 def scores_of(folder, table, rows=None):
-    finished = FinishedModel.load(folder)
+    finished = Predictor.load(folder)
     prepared = finished.prepare(DataArguments(str(table)))
     data = prepared.splits["train"] if rows is None else prepared.splits["train"].select(rows)
     return data, finished.scores(data, prepared.folder), finished.model.config
@@ -150,7 +150,7 @@ class TestEvaluate:
     def test_prints_the_table_and_writes_all_figures(self, folders, table, here, capsys):
         main(["evaluate", folders["both"], "--data", str(table), "--output", "new/metrics.json"])
         out = capsys.readouterr().out
-        finished = FinishedModel.load(folders["both"])
+        finished = Predictor.load(folders["both"])
         rows, scores, config = scores_of(folders["both"], table)
         expected = {"train": report(scores, references_of(range(5)), config, rows)}
         expected["train"]["ablations"] = finished.evaluate(rows, here)["ablations"]
@@ -199,7 +199,7 @@ class TestCompare:
         write_folder(here / "text", "text", threshold=0.85)
         main(["compare", "text", folders["both"], "--data", "train.csv", "--output", "new/c.json"])
         out = capsys.readouterr().out
-        models = [FinishedModel.load(folder) for folder in ("text", folders["both"])]
+        models = [Predictor.load(folder) for folder in ("text", folders["both"])]
         expected = compare(*models, DataArguments("train.csv"))
         assert json.loads((here / "new" / "c.json").read_text()) == json.loads(json.dumps(expected))
         assert out == f"{comparison_text(expected)}\n\nAll figures and rows: new/c.json\n"

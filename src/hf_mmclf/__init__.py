@@ -1,5 +1,8 @@
 """Several labels for every picture with a caption: models, data, training, evaluation."""
 
+import logging
+import os
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -17,8 +20,9 @@ _LAZY = {
     "PRESETS": "presets",
     "DataArguments": "data.prepare",
     "FinishedModel": "inference.predictor",
+    "Predictor": "inference.predictor",
     "ModelArguments": "training.arguments",
-    "AugmentationArguments": "training.arguments",
+    "AugmentationArguments": "data.augmentation",
     "MMClfTrainer": "training.trainer",
     "MMClfTrainingArguments": "training.arguments",
     "MultiLabelLoss": "training.losses",
@@ -33,7 +37,7 @@ _LAZY = {
     "label_thresholds": "evaluation.thresholds",
     "parse_arguments": "training.arguments",
     "push_to_hub": "hub.push",
-    "save_for_hub": "inference.predictor",
+    "save_for_hub": "hub.push",
     "train": "training.train",
 }
 
@@ -57,6 +61,29 @@ PIPELINE_REGISTRY.register_pipeline(TASK, ImageTextClassificationPipeline, pt_mo
 MMClfConfig.register_for_auto_class()
 MMClfForImageTextClassification.register_for_auto_class("AutoModel")
 MMClfImageProcessor.register_for_auto_class()
+
+
+class _StandardError(logging.StreamHandler):
+    """Write notices of the main process to the current `sys.stderr`, which notebooks and tests replace."""
+
+    def __init__(self):
+        super().__init__()
+        self.addFilter(lambda record: os.environ.get("RANK", "0") == "0")
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value):
+        pass
+
+
+_logger = logging.getLogger(__name__)
+if not _logger.handlers:
+    _logger.addHandler(_StandardError())
+    _logger.setLevel(logging.INFO)
+    _logger.propagate = False
 
 
 def __getattr__(name: str) -> Any:

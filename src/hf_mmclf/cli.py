@@ -115,13 +115,14 @@ def _evaluate(argv: Sequence[str]) -> None:
         "if the source has splits or training split it, else on validation rows, else on all."
     )
     options, data, own = _parse_finished("evaluate", about, argv, add)
-    from .evaluation.report import check_suffix, report_text, whole_file
-    from .inference.predictor import FinishedModel
+    from .evaluation.report import report_text
+    from .inference.predictions import atomic_file, check_suffix
+    from .inference.predictor import Predictor
 
     check_suffix(own.output, (".json",))
     if Path(own.output).resolve() == Path(own.folder, "metrics.json").resolve():
         raise FileExistsError(f"{own.output} holds the figures of the training run; give another --output")
-    finished = FinishedModel.load(own.folder)
+    finished = Predictor.load(own.folder)
     prepared = finished.prepare(data)
     _print_bad_images(prepared.bad_images, data)
     name, rows = finished.choose_split(prepared, options.split, held_out=True)
@@ -129,7 +130,7 @@ def _evaluate(argv: Sequence[str]) -> None:
     if not _is_main_process():
         return
     print(report_text({name: figures}))
-    with whole_file(own.output) as file:
+    with atomic_file(own.output) as file:
         json.dump({name: figures}, file, indent=2, ensure_ascii=False)
     print(f"\nAll figures: {own.output}")
 
@@ -144,20 +145,20 @@ def _compare(argv: Sequence[str]) -> None:
         "The rows are those that evaluate takes for both."
     )
     options, data, own = _parse_finished("compare", about, argv, add, ("a", "b"))
-    from . import FinishedModel, compare
-    from .evaluation.report import check_suffix, whole_file
+    from . import Predictor, compare
     from .inference.comparison import comparison_text
+    from .inference.predictions import atomic_file, check_suffix
 
     if own.output:
         check_suffix(own.output, (".json",))
-    models = [FinishedModel.load(folder) for folder in (own.a, own.b)]
+    models = [Predictor.load(folder) for folder in (own.a, own.b)]
     comparison = compare(*models, data, options.split, options.batch_size)
     _print_bad_images(comparison["bad_images"], data)
     if not _is_main_process():
         return
     print(comparison_text(comparison))
     if own.output:
-        with whole_file(own.output) as file:
+        with atomic_file(own.output) as file:
             json.dump(comparison, file, indent=2, ensure_ascii=False)
         print(f"\nAll figures and rows: {own.output}")
 
@@ -175,8 +176,8 @@ def _predict(argv: Sequence[str]) -> None:
         "the source has splits."
     )
     options, data, own = _parse_finished("predict", about, argv, add)
-    from .evaluation.report import PREDICTION_SUFFIXES, check_suffix, prediction_lines, write_predictions
-    from .inference.predictor import FinishedModel
+    from .inference.predictions import PREDICTION_SUFFIXES, check_suffix, prediction_lines, write_predictions
+    from .inference.predictor import Predictor
 
     given = own.images or own.texts
     if bool(given) == bool(data.data):
@@ -184,7 +185,7 @@ def _predict(argv: Sequence[str]) -> None:
     if own.output:
         check_suffix(own.output, PREDICTION_SUFFIXES)
     sources = {"train": _rows_of(own.images, own.texts, Path(data.image_dir or "."))} if given else None
-    finished = FinishedModel.load(own.folder)
+    finished = Predictor.load(own.folder)
     prepared = finished.prepare(data, with_labels=False, sources=sources)
     _print_bad_images(prepared.bad_images, data)
     name, rows = finished.choose_split(prepared, options.split)
@@ -230,9 +231,9 @@ def _export(argv: Sequence[str]) -> None:
         "the embedded data set."
     )
     options, data, own = _parse_finished("export", about, argv, add)
-    from . import FinishedModel, export_onnx
+    from . import Predictor, export_onnx
 
-    finished = FinishedModel.load(own.folder)
+    finished = Predictor.load(own.folder)
     rows, folder = None, None
     if data.data:
         prepared = finished.prepare(data)

@@ -9,7 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from support.training_runs import TINY, TWO_PROCESSES, write_table
 
-from hf_mmclf import FinishedModel, parse_arguments, train
+from hf_mmclf import Predictor, parse_arguments, train
 from hf_mmclf.data.collator import Collator, EvaluationImageTransform, RowTransform
 from hf_mmclf.data.prepare import DataArguments
 from hf_mmclf.data.streaming import StreamCollator, open_stream
@@ -152,13 +152,13 @@ def test_bad_pictures(policy, rows, folder, tmp_path):
         assert collate(given)["image_mask"].tolist() == [False, True][-rows:]
 
 
-def test_a_streamed_run_is_a_whole_folder(folder, tmp_path):
+def test_a_streamed_run_is_a_atomic_folder(folder, tmp_path):
     output = train(*parse_arguments(flags(folder, tmp_path / "m", "--max_steps", "30", "--learning_rate", "5e-3")))
     record = json.loads((output / "training.json").read_text())
     assert "training rows are streamed" in record["splits"] and record["rows"] == {"validation": 10}
     assert [entry["step"] for entry in record["history"] if "eval_f1" in entry] == list(range(3, 31, 3))
     assert (output / "splits.csv").read_text().count("validation,") == 10
-    assert FinishedModel.load(output).model.config.id2label[1] == "CAT"
+    assert Predictor.load(output).model.config.id2label[1] == "CAT"
     assert "streamed" in (output / "README.md").read_text()
 
 

@@ -7,7 +7,7 @@ from datasets import Dataset
 from sklearn.metrics import f1_score
 from support.tiny_folder import CAPTIONS, LABELS, write_folder, write_table
 
-from hf_mmclf import DataArguments, FinishedModel
+from hf_mmclf import DataArguments, Predictor
 from hf_mmclf.evaluation.ablation import ABLATIONS, ReplacedColumn, ablation_figures, ablations
 
 TEXTS = ["a", None, "b", "c", None, "d"]
@@ -72,7 +72,7 @@ def test_worker_processes_can_have_it():
 
 def test_figures_are_those_of_rows_written_like_that(tmp_path):
     """Against tables in which the cells are empty or exchanged; and text only opens no picture."""
-    finished = FinishedModel.load(write_folder(tmp_path / "model", "both", threshold=0.4))
+    finished = Predictor.load(write_folder(tmp_path / "model", "both", threshold=0.4))
     table = write_table(tmp_path)
     prepared = finished.prepare(DataArguments(str(table)))
     rows = prepared.splits["train"]

@@ -12,7 +12,7 @@ from PIL import Image
 from support.tiny_folder import write_folder, write_table
 
 import hf_mmclf
-from hf_mmclf import DataArguments, FinishedModel, demo_dataset
+from hf_mmclf import DataArguments, Predictor, demo_dataset
 from hf_mmclf.data.demo import DEMO_LABELS
 from hf_mmclf.export import onnx as export
 from hf_mmclf.export import onnx_predict
@@ -21,7 +21,7 @@ from hf_mmclf.export.onnx_predict import OnnxClassifier
 
 
 def load(folder, kind="both", **fields):
-    finished = FinishedModel.load(write_folder(folder, kind, **fields))
+    finished = Predictor.load(write_folder(folder, kind, **fields))
     prepared = finished.prepare(DataArguments(data=str(write_table(folder))))
     return finished, prepared.splits["train"], prepared.folder
 
@@ -126,7 +126,7 @@ def test_predict_alone_equals_the_pipeline(exported, tmp_path):
 
 def test_wrong_file_is_found_and_not_written(exported, tmp_path, monkeypatch):
     finished, rows, _ = exported
-    copy, file = FinishedModel.load(finished.folder), finished.folder / "onnx" / "model.onnx"
+    copy, file = Predictor.load(finished.folder), finished.folder / "onnx" / "model.onnx"
     monkeypatch.setattr(export, "_write", lambda finished, path, batch: shutil.copy(file, path))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model_int8.onnx").write_text("of an earlier export")
@@ -216,7 +216,7 @@ def test_every_fusion_exports_with_any_number_of_rows_and_tokens(tiny_model):
 
 def test_embedded_rows_have_labels_for_a_model_that_has_theirs(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_mmclf.data.prepare.demo_dataset", lambda rows: demo_dataset(20))
-    finished = FinishedModel.load(write_folder(tmp_path, "image"))
+    finished = Predictor.load(write_folder(tmp_path, "image"))
     assert "labels" not in export._embedded_rows(finished, labelled=True)[0].column_names
     finished.model.config.label_ids = None
     finished.model.config.id2label = dict(enumerate(sorted(DEMO_LABELS)))

@@ -16,7 +16,7 @@ from support.tiny_folder import CAPTIONS, write_folder, write_table
 from transformers import AutoConfig
 
 from hf_mmclf.hub.push import PLACEHOLDER, push_to_hub
-from hf_mmclf.inference.predictor import FinishedModel, save_model
+from hf_mmclf.inference.predictor import Predictor, save_model
 
 NAME = "user/toys"
 CARD = f"""---
@@ -57,7 +57,7 @@ KEPT = ["checkpoints/model.safetensors", "onnx/cache.pkl", "predictions-test.csv
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    finished = FinishedModel.load(write_folder(tmp_path_factory.mktemp("tiny"), threshold=0.3))
+    finished = Predictor.load(write_folder(tmp_path_factory.mktemp("tiny"), threshold=0.3))
     folder = tmp_path_factory.mktemp("model")
     save_model(finished.model, finished.processor, folder)
     (folder / "README.md").write_text(CARD, encoding="utf-8")
@@ -228,7 +228,7 @@ def test_a_broken_upload_looks_like_nothing_and_goes_on(revision, hub, folder, p
 
 def other_weights(folder):
     """Weights of the same shape."""
-    finished = FinishedModel.load(folder)
+    finished = Predictor.load(folder)
     with torch.no_grad():
         finished.model.classifier.bias.add_(1)
     finished.model.save_pretrained(folder / "other")
@@ -361,7 +361,7 @@ class TestFoldersThatAreNotFit:
             push()
 
     def test_weights_in_a_pickle(self, folder, push):
-        torch.save(FinishedModel.load(folder).model.state_dict(), folder / "pytorch_model.bin")
+        torch.save(Predictor.load(folder).model.state_dict(), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
         with pytest.raises(ValueError, match="lacks model.safetensors"):
             push()
@@ -424,7 +424,7 @@ def test_push_and_pull_and_the_example(hub, folder, push, tmp_path):
     push(private=True)
     write_table(tmp_path)
     rows = [str(tmp_path / f"{row}.jpg") for row in range(3)], CAPTIONS[:3]
-    finished = FinishedModel.load(folder)
+    finished = Predictor.load(folder)
     with torch.no_grad():
         logits = finished.model(**finished.processor(*rows)).logits
     example = str(Path(__file__).parents[2] / "examples" / "push_to_hub.py")

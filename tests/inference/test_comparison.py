@@ -7,7 +7,7 @@ from safetensors.numpy import load_file, save_file
 from sklearn.metrics import f1_score
 from support.tiny_folder import LABELS, write_folder, write_table
 
-from hf_mmclf import DataArguments, FinishedModel, compare
+from hf_mmclf import DataArguments, Predictor, compare
 from hf_mmclf.evaluation.bootstrap import paired_difference
 from hf_mmclf.inference.comparison import comparison_text
 
@@ -29,7 +29,7 @@ def table(tmp_path_factory):
 
 
 def decisions_of(folder, table):
-    finished = FinishedModel.load(folder)
+    finished = Predictor.load(folder)
     prepared = finished.prepare(DataArguments(str(table)))
     return finished.scores(prepared.splits["train"], prepared.folder) >= finished.model.config.threshold
 
@@ -51,7 +51,7 @@ def reordered(folder, order, to):
 
 
 def test_figures_rows_and_differences_are_those_of_the_models(folders, table):
-    models = [FinishedModel.load(folders[kind]) for kind in ("text", "both")]
+    models = [Predictor.load(folders[kind]) for kind in ("text", "both")]
     found = compare(*models, DataArguments(str(table)), resamples=200, seed=7)
     a, b = (decisions_of(folders[kind], table) for kind in ("text", "both"))
     assert (found["a"], found["b"]) == (str(folders["text"]), str(folders["both"]))
@@ -81,13 +81,13 @@ def test_figures_rows_and_differences_are_those_of_the_models(folders, table):
 @pytest.mark.parametrize("swap", [False, True])
 def test_labels_in_another_order_are_told_by_their_ids(swap, folders, table, tmp_path):
     other = reordered(folders["text"], [2, 0, 1], tmp_path / "other")
-    pair = [FinishedModel.load(folder) for folder in (folders["text"], other)]
+    pair = [Predictor.load(folder) for folder in (folders["text"], other)]
     found = compare(*(pair[::-1] if swap else pair), DataArguments(str(table)), resamples=50)
     reference = compare(pair[0], pair[0], DataArguments(str(table)), resamples=50)
     assert all(figures["difference"] == 0 for figures in found["figures"].values())
     assert found["right"] == reference["right"] and not found["only_one_right"]
     assert found["figures"]["f1"]["a"] == reference["figures"]["f1"]["a"] > 0
-    other_kind = FinishedModel.load(folders["both"])
+    other_kind = Predictor.load(folders["both"])
     mixed = compare(other_kind, pair[1], DataArguments(str(table)), resamples=50)
     assert mixed == {
         **compare(other_kind, pair[0], DataArguments(str(table)), resamples=50),
@@ -100,7 +100,7 @@ def test_other_labels_are_an_error_that_names_them(folders, table, tmp_path):
     config = json.loads((other / "config.json").read_text())
     config["label_ids"] = ["1", "4", "10"]
     (other / "config.json").write_text(json.dumps(config))
-    models = [FinishedModel.load(folder) for folder in (folders["both"], other)]
+    models = [Predictor.load(folder) for folder in (folders["both"], other)]
     message = "the models have different labels: only .*both.* knows 3; only .*other knows 4. Expected the same set"
     with pytest.raises(ValueError, match=message):
         compare(*models, DataArguments(str(table)))
@@ -116,7 +116,7 @@ class TestRows:
             if splits:
                 lines = [f"{split},train.csv:{line}" for line, split in enumerate(splits.split(), start=2)]
                 (folder / "splits.csv").write_text("\n".join(["split,row", *lines]) + "\n")
-            models.append(FinishedModel.load(folder))
+            models.append(Predictor.load(folder))
         return models
 
     @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ class TestRows:
             compare(*models, DataArguments(str(table)))
 
     def test_without_labels(self, folders, tmp_path):
-        model = FinishedModel.load(folders["text"])
+        model = Predictor.load(folders["text"])
         table = write_table(tmp_path, "test.csv", labelled=False)
         with pytest.raises(ValueError, match="these rows have no labels"):
             compare(model, model, DataArguments(str(table)))

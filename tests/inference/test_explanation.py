@@ -14,7 +14,7 @@ import hf_mmclf
 from hf_mmclf import MMClfConfig, MMClfForImageTextClassification, MMClfImageProcessor, MMClfProcessor
 from hf_mmclf.data.tokenizer import load_tokenizer
 from hf_mmclf.inference.explanation import explain
-from hf_mmclf.inference.predictor import FinishedModel
+from hf_mmclf.inference.predictor import Predictor
 
 CAPTION = 'a man says "no, dog" to dogs'
 RESNET = dict(image_backbone="test_resnet")
@@ -277,7 +277,7 @@ def test_scores_are_those_of_the_pipeline(tmp_path):
         assert explanation.threshold == (0.9 if label == "dog" else 0.3)
     assert explain(pipe, text=CAPTION, label="dog").threshold == 0.2
     assert explain(pipe, image=image, text=CAPTION).label == max(both, key=both.get)
-    assert explain(FinishedModel.load(folder), text=CAPTION, label="dog").score == pytest.approx(read["dog"], abs=1e-6)
+    assert explain(Predictor.load(folder), text=CAPTION, label="dog").score == pytest.approx(read["dog"], abs=1e-6)
     assert explain(pipe, image=image, text=" \n", label="dog").score == pytest.approx(seen["dog"], abs=1e-6)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from support.tiny_folder import CAPTIONS, LABELS, NAMES, write_folder, write_table
 from transformers import BertConfig
 
-from hf_mmclf import DataArguments, FinishedModel, MMClfProcessor, save_for_hub
+from hf_mmclf import DataArguments, MMClfProcessor, Predictor, save_for_hub
 from hf_mmclf.evaluation.report import report
 
 KINDS = ["both", "image", "text"]
@@ -40,40 +40,40 @@ def forward(finished, image, caption):
 
 def test_load_says_what_is_wrong_with_a_folder(tmp_path, folders):
     with pytest.raises(FileNotFoundError, match=r"nowhere: no finished model here \(no config.json\)$"):
-        FinishedModel.load(tmp_path / "nowhere")
+        Predictor.load(tmp_path / "nowhere")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(FileNotFoundError, match="its training has not finished"):
-        FinishedModel.load(tmp_path)
+        Predictor.load(tmp_path)
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a bert model; expected a folder that"):
-        FinishedModel.load(tmp_path)
+        Predictor.load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_for_the_hub_it_loads_again(kind, folders, table, tmp_path):
-    finished = FinishedModel.load(folders[kind])
+    finished = Predictor.load(folders[kind])
     save_for_hub(finished.model, finished.processor, tmp_path / "new")
     rows = finished.prepare(DataArguments(str(table))).splits["train"]
-    again = FinishedModel.load(tmp_path / "new")
+    again = Predictor.load(tmp_path / "new")
     np.testing.assert_array_equal(again.scores(rows, table.parent), finished.scores(rows, table.parent))
     assert ModelCard.load(tmp_path / "new" / "README.md").data.library_name == "transformers"
 
 
 def test_saving_keeps_what_is_in_the_folder(folders, tmp_path):
-    finished = FinishedModel.load(folders["both"])
+    finished = Predictor.load(folders["both"])
     (tmp_path / "README.md").write_text("my own card")
     (tmp_path / "metrics.json").write_text("{}")
     save_for_hub(finished.model, finished.processor, tmp_path)
     finished.model.config.threshold = 0.7
     save_for_hub(finished.model, finished.processor, tmp_path)
     finished.model.config.threshold = 0.4
-    assert FinishedModel.load(tmp_path).model.config.threshold == 0.7
+    assert Predictor.load(tmp_path).model.config.threshold == 0.7
     assert (tmp_path / "README.md").read_text() == "my own card"
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def test_the_card_has_the_figures_that_are_there(folders, table, tmp_path):
-    finished = FinishedModel.load(folders["both"])
+    finished = Predictor.load(folders["both"])
     prepared = finished.prepare(DataArguments(str(table)))
     figures = finished.evaluate(prepared.splits["train"], prepared.folder)
     (tmp_path / "metrics.json").write_text(json.dumps({"test": figures}))
@@ -83,7 +83,7 @@ def test_the_card_has_the_figures_that_are_there(folders, table, tmp_path):
 
 
 def test_parts_of_another_model_are_refused(folders, tmp_path):
-    text, image = (FinishedModel.load(folders[kind]) for kind in ("text", "image"))
+    text, image = (Predictor.load(folders[kind]) for kind in ("text", "image"))
     save_for_hub(text.model, text.processor, tmp_path)
     with pytest.raises(FileExistsError, match="has tokenizer.json, tokenizer_config.json of another model"):
         save_for_hub(image.model, image.processor, tmp_path)
@@ -93,7 +93,7 @@ def test_parts_of_another_model_are_refused(folders, tmp_path):
 
 
 def test_a_folder_that_could_not_be_written_does_not_load(folders, tmp_path, monkeypatch):
-    finished = FinishedModel.load(folders["both"])
+    finished = Predictor.load(folders["both"])
 
     def fail(*_, **__):
         raise OSError("no space left")
@@ -105,7 +105,7 @@ def test_a_folder_that_could_not_be_written_does_not_load(folders, tmp_path, mon
 
 
 def test_a_processor_that_does_not_fit_is_refused(folders, tmp_path):
-    both, text = (FinishedModel.load(folders[kind]) for kind in ("both", "text"))
+    both, text = (Predictor.load(folders[kind]) for kind in ("both", "text"))
     with pytest.raises(ValueError, match="the processor has no image_processor"):
         save_for_hub(both.model, text.processor, tmp_path / "model")
     with pytest.raises(ValueError, match="the processor has a image_processor, and the model has no use"):
@@ -116,7 +116,7 @@ def test_a_processor_that_does_not_fit_is_refused(folders, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_size, workers", [(1, 0), (2, 0), (64, None), (3, 1)])
 def test_scores_are_those_of_a_forward_pass_of_each_row(kind, batch_size, workers, folders, table):
-    finished = FinishedModel.load(str(folders[kind]))
+    finished = Predictor.load(str(folders[kind]))
     parts = finished.processor
     assert (parts.image_processor is None, parts.tokenizer is None) == (kind == "text", kind == "image")
     prepared = finished.prepare(DataArguments(str(table)))
@@ -130,7 +130,7 @@ def test_scores_are_those_of_a_forward_pass_of_each_row(kind, batch_size, worker
 
 
 def test_missing_captions_and_pictures(folders, table):
-    finished = FinishedModel.load(folders["both"])
+    finished = Predictor.load(folders["both"])
     cells = [("0.jpg", None), (None, CAPTIONS[1]), ("2.jpg", CAPTIONS[2]), ("3.jpg", "  ")]
     where = [f"row {row}" for row in range(4)]
     source = Dataset.from_dict({"image": [i for i, _ in cells], "text": [t for _, t in cells], "where": where})
@@ -149,7 +149,7 @@ def test_missing_captions_and_pictures(folders, table):
 
 def test_captions_longer_than_the_model_reads_are_cut(folders, table):
     """The tokenizer of this folder knows no limit; the model has 16 positions."""
-    finished = FinishedModel.load(folders["text"])
+    finished = Predictor.load(folders["text"])
     source = Dataset.from_dict({"text": ["a man " * 50, "a man " * 7], "where": ["row 1", "row 2"]})
     rows = finished.prepare(DataArguments(), with_labels=False, sources={"train": source}).splits["train"]
     scores = finished.scores(rows, table.parent)
@@ -162,7 +162,7 @@ def test_captions_longer_than_the_model_reads_are_cut(folders, table):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluate_reports_on_the_models_own_labels(kind, folders, table):
-    finished = FinishedModel.load(folders[kind])
+    finished = Predictor.load(folders[kind])
     prepared = finished.prepare(DataArguments(str(table)))
     rows = prepared.splits["train"]
     figures = finished.evaluate(rows, prepared.folder)
@@ -178,7 +178,7 @@ def test_evaluate_reports_on_the_models_own_labels(kind, folders, table):
 
 
 def test_evaluate_needs_labels(folders, tmp_path):
-    finished = FinishedModel.load(folders["both"])
+    finished = Predictor.load(folders["both"])
     prepared = finished.prepare(DataArguments(str(write_table(tmp_path, "test.csv", labelled=False))))
     with pytest.raises(ValueError, match="no labels; name their column by --label_column"):
         finished.evaluate(prepared.splits["train"], prepared.folder)
@@ -195,7 +195,7 @@ class TestChooseSplit:
         def run(source, recorded="", **options):
             if recorded:
                 (folder / "splits.csv").write_text(f"split,row\n{recorded}", encoding="utf-8")
-            finished = FinishedModel.load(folder)
+            finished = Predictor.load(folder)
             name, rows = finished.choose_split(finished.prepare(DataArguments(str(source))), **options)
             return name, [int(where.split(":")[-1]) - 2 for where in rows["where"]]
 

@@ -13,11 +13,11 @@ from support.tiny_folder import CAPTIONS, NAMES, write_folder, write_table
 
 import hf_mmclf
 from hf_mmclf import (
-    FinishedModel,
     ImageTextClassificationPipeline,
     MMClfConfig,
     MMClfForImageTextClassification,
     MMClfProcessor,
+    Predictor,
 )
 from hf_mmclf.model.pipeline_mmclf import TASK
 
@@ -62,7 +62,7 @@ def close(given, expected):
 @pytest.fixture(scope="module")
 def expected(folders, records):
     """All scores of each record, by a forward pass without our data code."""
-    model, processor = FinishedModel.load(folders["both"]).model, FinishedModel.load(folders["both"]).processor
+    model, processor = Predictor.load(folders["both"]).model, Predictor.load(folders["both"]).processor
     results = []
     for record in records:
         inputs = processor.image_processor(Image.open(record["image"]), return_tensors="pt")
@@ -151,7 +151,7 @@ def test_saved_without_the_package_being_asked_it_is_still_whole(pipe, tmp_path,
 def test_positions_that_a_text_backbone_really_has(model_type, tmp_path):
     """RoBERTa's first position has the number after the padding's; its tokenizer here knows no limit."""
     folder = write_folder(tmp_path, "text", text_pooling="mean")
-    tokenizer = FinishedModel.load(folder).processor.tokenizer
+    tokenizer = Predictor.load(folder).processor.tokenizer
     config = dict(model_type=model_type, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     config |= dict(intermediate_size=32, max_position_embeddings=16, pad_token_id=1, vocab_size=len(tokenizer))
     model = MMClfForImageTextClassification(MMClfConfig(text_config=config, text_pooling="mean", id2label=NAMES))
@@ -160,7 +160,7 @@ def test_positions_that_a_text_backbone_really_has(model_type, tmp_path):
 
 
 def test_a_missing_picture_or_caption(pipe, pictures, folders):
-    model, processor = FinishedModel.load(folders["both"]).model, FinishedModel.load(folders["both"]).processor
+    model, processor = Predictor.load(folders["both"]).model, Predictor.load(folders["both"]).processor
     with torch.no_grad():
         image = model(**processor.image_processor(Image.open(pictures[0]), return_tensors="pt")).logits
         text = model(**processor.tokenizer("a dog", return_tensors="pt")).logits
@@ -238,7 +238,7 @@ def test_options_may_be_given_when_it_is_made(folders, records, expected):
 
 
 def test_a_model_in_training_mode_is_put_to_use(folders, records, expected):
-    finished = FinishedModel.load(folders["both"])
+    finished = Predictor.load(folders["both"])
     pipe = hf_mmclf.pipeline(finished.model.train(), processor=finished.processor)
     assert close(pipe(records, return_all_scores=True), expected)
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from support.tiny_folder import CAPTIONS, write_folder, write_table
 
 import hf_mmclf
-from hf_mmclf.inference.predictor import FinishedModel, save_model
+from hf_mmclf.inference.predictor import Predictor, save_model
 
 SOURCES = sorted(Path(hf_mmclf.__file__).with_name("model").glob("*_mmclf.py"))
 PEOPLE_HAVE = {"torch", "torchvision", "timm", "transformers", "huggingface_hub", "numpy", "PIL"}
@@ -87,7 +87,7 @@ def saved(tmp_path_factory):
     write_table(table)
     rows = {"image": [str(table / f"{row}.jpg") for row in range(3)], "text": CAPTIONS[:3]}
     for kind in KINDS:
-        finished = FinishedModel.load(write_folder(tmp_path_factory.mktemp(kind), kind, threshold=0.3))
+        finished = Predictor.load(write_folder(tmp_path_factory.mktemp(kind), kind, threshold=0.3))
         folders[kind] = tmp_path_factory.mktemp(f"saved-{kind}")
         save_model(finished.model, finished.processor, folders[kind])
         expected[kind] = outputs(kind, folders[kind], rows)

@@ -19,7 +19,7 @@ from PIL import Image
 from support.hub_server import HubServer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForPreTraining
 
-from hf_mmclf import FinishedModel, MMClfForImageTextClassification, config_from_preset, parse_arguments
+from hf_mmclf import MMClfForImageTextClassification, Predictor, config_from_preset, parse_arguments
 from hf_mmclf.data.tokenizer import load_tokenizer
 from hf_mmclf.training.inputs import build_config
 
@@ -234,4 +234,4 @@ def test_the_command_trains_on_them(here, checkpoints, tmp_path):
     assert "densenet121.tv_in1k" in json.loads((output / "training.json").read_text())["image_backbone"]
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert tokenizer.tokenize("A red dog on benches") == ["a", "red", "dog", "on", "bench", "##es"]
-    assert FinishedModel.load(output).model.config.label_ids == ["1", "2", "3", "4"]
+    assert Predictor.load(output).model.config.label_ids == ["1", "2", "3", "4"]

@@ -16,8 +16,8 @@ from transformers import AutoModel, TrainerCallback
 
 from hf_mmclf import (
     DataArguments,
-    FinishedModel,
     MMClfForImageTextClassification,
+    Predictor,
     parse_arguments,
     train,
 )
@@ -27,7 +27,7 @@ from hf_mmclf.hub.plots import PLOTS
 from hf_mmclf.presets import config_from_preset
 from hf_mmclf.training import record as records
 from hf_mmclf.training import train as training
-from hf_mmclf.training.trainer import MMClfTrainer, parameter_groups
+from hf_mmclf.training.trainer import MMClfTrainer
 
 
 def run(table: Path, output: Path, *flags: str) -> Path:
@@ -53,9 +53,9 @@ def finished(table, tmp_path_factory) -> Path:
     return run(table, output, *flags)
 
 
-def open_finished(folder: Path, table: Path) -> tuple[FinishedModel, PreparedData]:
+def open_finished(folder: Path, table: Path) -> tuple[Predictor, PreparedData]:
     columns = dict(image_column="file", text_column="words", label_column="tags")
-    finished = FinishedModel.load(folder)
+    finished = Predictor.load(folder)
     return finished, finished.prepare(DataArguments(str(table), image_dir=str(table.parent / "pictures"), **columns))
 
 
@@ -151,7 +151,7 @@ def test_losses_thresholds_and_calibration_by_flags(table, tmp_path, monkeypatch
     card = (output / "README.md").read_text()
     assert "`distribution_balanced`" in card and "to the power of 0.5" in card and "label smoothing 0.1" in card
     assert "each label attends to the tokens of both" in card and "with probability 0.3" in card
-    model = FinishedModel.load(output).model
+    model = Predictor.load(output).model
     assert model.config.modality_dropout == 0.3 and model.missing_image.vector is not None
     assert missing_thresholds_of(output, table, "samples", 2) == pytest.approx(model.config.missing_thresholds)
     assert recorded["missing_thresholds"] == model.config.missing_thresholds
@@ -190,7 +190,7 @@ def test_unknown_labels_train_and_evaluate(table, tmp_path):
 
 def test_test_labels_choose_nothing(finished, table, monkeypatch):
     """The threshold is the best of the validation scores; the function that fits it sees no others."""
-    model = FinishedModel.load(finished)
+    model = Predictor.load(finished)
     flags = parse_arguments(table_flags(table))[1]
     prepared = model.prepare(flags)
     rows = model.choose_split(prepared, "validation")[1]
@@ -257,7 +257,7 @@ def test_learning_rates_by_part_and_no_decay_on_vectors():
     args = parse_arguments(["--learning_rate", "1e-3", "--backbone_learning_rate", "1e-4", "--weight_decay", "0.1"])[3]
     settings = {
         id(parameter): (group["lr"], group["weight_decay"])
-        for group in parameter_groups(model, args)
+        for group in MMClfTrainer(model, args).create_optimizer().param_groups
         for parameter in group["params"]
     }
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -306,7 +306,7 @@ def test_failure_while_writing_leaves_no_folder_that_loads(table, tmp_path, monk
         run(table, tmp_path / "model", "--max_steps", "1", "--save_predictions")
     assert not (tmp_path / "model" / "config.json").exists()
     with pytest.raises(FileNotFoundError, match="has not finished"):
-        FinishedModel.load(tmp_path / "model")
+        Predictor.load(tmp_path / "model")
 
 
 def test_rows_without_a_picture_or_caption_get_learned_stand_ins(tmp_path, capsys):
@@ -318,7 +318,7 @@ def test_rows_without_a_picture_or_caption_get_learned_stand_ins(tmp_path, capsy
     folder = run(table, tmp_path / "model", "--max_steps", "2")
     model = AutoModel.from_pretrained(folder)
     assert model.config.learned_missing
-    assert "without a picture" in capsys.readouterr().out
+    assert "without an image" in capsys.readouterr().err
     finished, prepared = open_finished(folder, table)
     held_out = finished.choose_split(prepared, "validation")[1]
     whole = held_out.filter(lambda row: row["image"] is not None and row["text"] is not None)
@@ -400,7 +400,7 @@ def test_a_killed_run_goes_on_where_it_stopped(table, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     with pytest.raises(FileNotFoundError, match="not finished"):
-        FinishedModel.load(output)
+        Predictor.load(output)
 
     class Steps(TrainerCallback):
         first = None

@@ -4,8 +4,7 @@ Classes rather than closures, so that workers started by spawn or forkserver can
 torch's global generator, which a data loader seeds differently in every worker and reproducibly in every run.
 """
 
-from __future__ import annotations
-
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,25 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-__all__ = ["ImageAugmentation", "TextAugmentation"]
+__all__ = ["AugmentationArguments", "ImageAugmentation", "TextAugmentation"]
+
+
+def _field(default: float, text: str) -> float:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass
+class AugmentationArguments:
+    """Random changes to training rows; 0 switches each off."""
+
+    _argument_group_name = "augmentation of training rows"
+    crop_scale: float = _field(0.6, "Smallest share of a picture's area that a random resized crop keeps.")
+    flip: float = _field(0.5, "Probability of mirroring left and right.")
+    vertical_flip: float = _field(0.0, "Probability of turning upside down.")
+    rotation: float = _field(20.0, "Largest rotation either way, in degrees.")
+    color_jitter: float = _field(0.2, "Largest relative change of brightness, contrast and saturation.")
+    swap_words: float = _field(0.1, "Probability for each word to change places with another.")
+    drop_words: float = _field(0.0, "Probability for each word to be left out.")
 
 
 class ImageAugmentation:
@@ -86,7 +103,7 @@ class ImageAugmentation:
         self.transform = v2.Compose([*steps, v2.Normalize(mean, std, inplace=True)])
 
     @classmethod
-    def from_processor(cls, processor: Any, **switches: float) -> ImageAugmentation:
+    def from_processor(cls, processor: Any, **switches: float) -> "ImageAugmentation":
         """Take size, mean, std and resample from an image processor; `switches` are the other arguments."""
         size, resample = processor.size["longest_edge"], processor.resample
         return cls(size, processor.image_mean, processor.image_std, resample=resample, **switches)

@@ -1,5 +1,6 @@
 """From rows to batches: pictures decoded and transformed when they are asked for, captions padded to the batch."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset
 
 from ..model.image_processing_mmclf import read_image
+from ..model.processing_mmclf import MMClfProcessor
+from .augmentation import AugmentationArguments, ImageAugmentation, TextAugmentation
 
 
 def is_absent(image: Any) -> bool:
@@ -74,41 +77,70 @@ class EvaluationImageTransform:
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
 
-class Collator:
+class ReplacedColumn:
     """
-    Rows to one batch: captions padded to the longest of the batch, masks where a picture or caption is absent.
+    A row transform that reads other cells in one column. Nothing is copied, and no removed image is decoded.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): `None` for a model without captions.
-        max_tokens (`int`, *optional*, defaults to 128): Longer captions are cut.
-        image_size (`int`, *optional*): Side of the pictures in pixels; `None` for a model without pictures.
+        transform (`Callable`): A transform of rows, such as a [`RowTransform`].
+        column (`str`): `image` or `text`.
+        cells (`Mapping[str, Any]`, *optional*): The new cell by the row's `where`; other rows get `None`.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        max_tokens: int = 128,
-        image_size: int | None = None,
-    ):
-        self.tokenizer, self.max_tokens, self.image_size = tokenizer, max_tokens, image_size
+    def __init__(self, transform: Callable, column: str, cells: Mapping[str, Any] | None = None):
+        self.transform, self.column, self.cells = transform, column, cells or {}
+
+    def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
+        return self.transform({**batch, self.column: [self.cells.get(where) for where in batch["where"]]})
+
+
+class Collator:
+    """
+    Make one batch of transformed rows by [`MMClfProcessor.collate`].
+
+    Args:
+        processor ([`MMClfProcessor`]): The model's processor. What it has no part for is left out.
+    """
+
+    def __init__(self, processor: MMClfProcessor):
+        self.processor = processor
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = {}
-        if self.image_size is not None:
-            pictures = [row["pixel_values"] for row in rows]
-            blank = torch.zeros(3, self.image_size, self.image_size)
-            batch["pixel_values"] = torch.stack([blank if picture is None else picture for picture in pictures])
-            batch["image_mask"] = torch.tensor([picture is not None for picture in pictures])
-        if self.tokenizer is not None:
-            texts = [row["text"] for row in rows]
-            batch |= self.tokenizer(
-                [text or "" for text in texts],
-                padding=True,
-                truncation=True,
-                max_length=self.max_tokens,
-                return_tensors="pt",
-            )
-            batch["text_mask"] = torch.tensor([text is not None for text in texts])
+        parts = {"pixel_values": self.processor.image_processor, "text": self.processor.tokenizer}
+        names = [name for name, part in parts.items() if part is not None and name in rows[0]]
+        batch = self.processor.collate(**{name: [row[name] for row in rows] for name in names})
         if "labels" in rows[0]:
             batch["labels"] = torch.tensor(np.array([row["labels"] for row in rows]), dtype=torch.float32)
         return batch
+
+
+class Preprocessing:
+    """
+    Everything between prepared rows and a model: transforms, datasets and the collator.
+
+    Args:
+        processor ([`MMClfProcessor`]): The model's processor.
+        folder (`Path`): The folder to which image names are relative.
+
+    Attributes:
+        collator ([`Collator`]): Makes batches of transformed rows.
+        evaluation ([`RowTransform`]): The transform of rows that are evaluated or predicted.
+    """
+
+    def __init__(self, processor: MMClfProcessor, folder: Path):
+        image_processor = processor.image_processor
+        self.processor, self.folder, self.collator = processor, folder, Collator(processor)
+        self.evaluation = RowTransform(folder, image_processor and EvaluationImageTransform(image_processor))
+
+    def training(self, augmentation: AugmentationArguments) -> RowTransform:
+        """Return the transform of training rows, with random changes of these strengths."""
+        image_processor = self.processor.image_processor
+        strengths = dataclasses.asdict(augmentation)
+        swap, drop = strengths.pop("swap_words"), strengths.pop("drop_words")
+        image = image_processor and ImageAugmentation.from_processor(image_processor, **strengths)
+        return RowTransform(self.folder, image, TextAugmentation(swap, drop) if swap or drop else None)
+
+    def dataset(self, rows: Dataset, column: str | None = None, cells: Mapping[str, Any] | None = None) -> Dataset:
+        """Return rows to evaluate, transformed when they are read; `column` and `cells` are of [`ReplacedColumn`]."""
+        transform = self.evaluation if column is None else ReplacedColumn(self.evaluation, column, cells)
+        return rows.with_transform(transform)

@@ -285,6 +285,19 @@ def picture_paths(data: Dataset) -> list[str | bool | None]:
     return paths
 
 
+def presence(data: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return whether each row has an image and whether it has a text: two bool arrays of shape `(rows,)`."""
+    has_image = np.array([path is not None for path in picture_paths(data)], dtype=bool)
+    return has_image, _arrow(data, "text").is_valid().to_numpy()
+
+
+def references_of(rows: Dataset) -> np.ndarray:
+    """Return the multi-hot labels of rows, `(rows, labels)`; raises `ValueError` where the rows have none."""
+    if "labels" not in rows.column_names:
+        raise ValueError("these rows have no labels; name their column by --label_column or --label_columns")
+    return rows.with_format("numpy")["labels"][:]
+
+
 def _check_paths(data: Dataset, folder: Path) -> None:
     """All missing files at once, before anything else is done."""
     start = str(folder)
@@ -304,8 +317,7 @@ def _check_paths(data: Dataset, folder: Path) -> None:
 
 def _check_modalities(data: Dataset, uses_image: bool, uses_text: bool) -> None:
     needed = " or ".join(["picture"] * uses_image + ["caption"] * uses_text)
-    has_image = np.array([path is not None for path in picture_paths(data)], dtype=bool)
-    has_text = _arrow(data, "text").is_valid().to_numpy()
+    has_image, has_text = presence(data)
     absent = np.flatnonzero(~(has_image & uses_image | has_text & uses_text))
     if len(absent):
         shown = ", ".join(data[absent[:5]]["where"])

@@ -201,7 +201,7 @@ class StreamCollator:
             return {}
         stream, collator = self.stream, self.collator
         table = _table(rows, stream.features, stream.args.data)
-        uses = collator.image_size is not None, collator.tokenizer is not None
+        uses = collator.processor.image_processor is not None, collator.processor.tokenizer is not None
         prepared = prepare_data(stream.args, *uses, stream.labels, sources={"train": table})
         transformed = prepared.splits["train"].with_transform(self.transform)
         return collator(transformed.__getitems__(list(range(len(transformed)))))

@@ -1,96 +1,66 @@
-"""Whether a model uses both pictures and captions: the same rows without one of them, or with captions of others."""
+"""F1 of the same rows without their texts, without their images and with the texts of other rows."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from datasets import Dataset
 
 from ..model.configuration_mmclf import MMClfConfig
 from .metrics import MultiLabelMetric
-from .thresholds import thresholds_of
 
-# Each ablation, in the order of the reports, and what it is called there.
-ABLATIONS = {"image_only": "pictures only", "text_only": "captions only", "shuffled_captions": "shuffled captions"}
-# What is absent in some of them.
-ABSENT = {"image_only": "text", "text_only": "image"}
-
-Transform = Callable[[Mapping[str, list]], dict[str, list]]
-
-
-class ReplacedColumn:
-    """
-    A transform of rows that sees other cells in one column; nothing is copied, and no picture is decoded for nothing.
-
-    Args:
-        transform (`Callable`): Of the rows, such as a [`RowTransform`].
-        column (`str`): `image` or `text`.
-        cells (`Mapping[str, Any]`, *optional*): From a row's `where` to its cell; rows that are not in it have none.
-    """
-
-    def __init__(self, transform: Transform, column: str, cells: Mapping[str, Any] | None = None):
-        self.transform, self.column, self.cells = transform, column, cells or {}
-
-    def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
-        return self.transform({**batch, self.column: [self.cells.get(where) for where in batch["where"]]})
-
-
-def ablations(rows: Dataset, seed: int = 0) -> dict[str, Callable[[Transform], Transform]]:
-    """
-    What makes a transform of rows into one of the rows without a part.
-
-    Args:
-        rows (`Dataset`): Columns `text` and `where`.
-        seed (`int`, *optional*, defaults to 0): Of the shuffling.
-
-    Returns:
-        `dict[str, Callable]`: `image_only` takes the captions away, `text_only` the pictures; `shuffled_captions`, not
-        there where less than two rows have a caption, gives each row that has one the caption of another.
-    """
-    changes = {
-        "image_only": partial(ReplacedColumn, column="text"),
-        "text_only": partial(ReplacedColumn, column="image"),
-    }
-    if shuffled := _shuffled(rows["where"][:], rows["text"][:], seed):
-        changes["shuffled_captions"] = partial(ReplacedColumn, column="text", cells=shuffled)
-    return changes
+# Each ablation in the order of the reports, and its name there.
+ABLATIONS = {"image_only": "images only", "text_only": "texts only", "shuffled_captions": "shuffled texts"}
+# The column of the rows that is removed in an ablation.
+REMOVED = {"image_only": "text", "text_only": "image"}
 
 
 def ablation_figures(
-    score: Callable[[Callable[[Transform], Transform]], np.ndarray],
-    rows: Dataset,
+    scores: Mapping[str, np.ndarray],
     references: np.ndarray,
     config: MMClfConfig,
-    seed: int = 0,
+    has_image: bool | np.ndarray = True,
+    has_text: bool | np.ndarray = True,
 ) -> dict[str, dict[str, float]]:
     """
-    F1 of each of [`ablations`] at the model's own thresholds for such rows. A modality that makes no difference is not
-    used; one without which little is left may be all that is.
+    Compute the F1 of ablated rows at the model's own thresholds for such rows.
+
+    A model does not use a modality whose removal changes nothing.
 
     Args:
-        score (`Callable`): From an ablation to the scores, `(rows, labels)`, of the rows that it changes.
-        rows (`Dataset`): Columns `image`, `text` and `where`.
-        references (`np.ndarray` of shape `(rows, labels)`): Multi-hot labels.
-        config ([`MMClfConfig`]): With the thresholds.
-        seed (`int`, *optional*, defaults to 0): Of the shuffling.
+        scores (`Mapping[str, np.ndarray]`): Scores of shape `(rows, labels)` for some of `ABLATIONS`.
+        references (`np.ndarray` of shape `(rows, labels)`): Multi-hot labels, -1 for unknown.
+        config ([`MMClfConfig`]): The thresholds.
+        has_image, has_text (`bool` or `np.ndarray` of shape `(rows,)`, *optional*, defaults to `True`):
+            Whether the rows have an image and a text before anything is removed.
 
     Returns:
         `dict[str, dict[str, float]]`: `f1` and `f1_macro` by ablation.
     """
     result = {}
-    for name, change in ablations(rows, seed).items():
-        kept = thresholds_of(config, rows) if name not in ABSENT else config.thresholds_for(**{ABSENT[name]: False})
-        figures = MultiLabelMetric().compute(predictions=score(change), references=references, threshold=kept)
+    for name, found in scores.items():
+        present = (has_image, has_text)
+        if name in REMOVED:
+            present = (REMOVED[name] != "image", REMOVED[name] != "text")
+        thresholds = config.thresholds_for(*present)
+        figures = MultiLabelMetric().compute(predictions=found, references=references, threshold=thresholds)
         result[name] = {average: figures[average] for average in ("f1", "f1_macro")}
     return result
 
 
-def _shuffled(where: Sequence[str], texts: Sequence[str | None], seed: int) -> dict[str, str]:
-    """Captions by row, none of them its own; rows without a caption stay without."""
-    captioned = [row for row, text in enumerate(texts) if text is not None]
-    if len(captioned) < 2:
-        return {}
-    order = np.random.default_rng(seed).permutation(captioned)
-    # each takes that of the one before it in a random circle, so that none keeps its own
-    return {where[row]: texts[other] for row, other in zip(order, np.roll(order, 1), strict=True)}
+def shuffled_texts(texts: Sequence[str | None], seed: int = 0) -> list[str | None]:
+    """
+    Give each row that has a text the text of another row.
+
+    Args:
+        texts (`Sequence[str | None]`): The text of each row, `None` for rows without one.
+        seed (`int`, *optional*, defaults to 0): Seed of the shuffle.
+
+    Returns:
+        `list[str | None]`: The shuffled texts; `None` stays where it was. A single text stays too.
+    """
+    rows = [row for row, text in enumerate(texts) if text is not None]
+    order = np.random.default_rng(seed).permutation(rows)
+    shuffled = list(texts)
+    # Each row takes the text of the row before it in a random circle, so no row keeps its own.
+    for row, other in zip(order, np.roll(order, 1), strict=True):
+        shuffled[row] = texts[other]
+    return shuffled

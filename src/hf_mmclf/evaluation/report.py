@@ -1,15 +1,10 @@
 """What a model's scores are worth, and what they say: reports of splits, tables, files of predictions."""
 
-import csv
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import EvalPrediction
 
 from ..model.configuration_mmclf import MMClfConfig
@@ -17,22 +12,12 @@ from .ablation import ABLATIONS
 from .bootstrap import f1_intervals
 from .metrics import MultiLabelMetric, metrics_table, per_label_report
 from .subgroups import by_caption_length, by_label_count
-from .thresholds import best_threshold, thresholds_of
+from .thresholds import best_threshold
 
 
 def scores_of(logits: np.ndarray) -> np.ndarray:
     """Scores in [0, 1], float32, of logits of any shape."""
     return torch.sigmoid(torch.as_tensor(logits).float()).numpy()
-
-
-def label_names(config: MMClfConfig) -> list[str]:
-    """Names of the labels in the order of the logits, whatever the order of `id2label`."""
-    return [config.id2label[i] for i in range(config.num_labels)]
-
-
-def decisions(scores: np.ndarray, config: MMClfConfig, rows: Dataset | None = None) -> np.ndarray:
-    """Which labels are predicted by [`thresholds_of`] the rows: bool, `(rows, labels)` as the scores are."""
-    return scores.astype(np.float64) >= thresholds_of(config, rows)
 
 
 # Figures of an evaluation that may choose the best checkpoint: more is better, but for the loss.
@@ -58,25 +43,32 @@ class ComputeMetrics:
 
 
 def report(
-    scores: np.ndarray, references: np.ndarray, config: MMClfConfig, rows: Dataset | None = None
+    scores: np.ndarray,
+    references: np.ndarray,
+    config: MMClfConfig,
+    has_image: bool | np.ndarray = True,
+    texts: Sequence[str | None] | None = None,
 ) -> dict[str, Any]:
     """
-    All figures of one split, at 0.5 and at the thresholds of the configuration.
+    Compute all figures of one split, at 0.5 and at the thresholds of the configuration.
 
     Args:
         scores, references (`np.ndarray` of shape `(rows, labels)`): Probabilities, and multi-hot labels.
         config ([`MMClfConfig`]): Labels and thresholds.
-        rows (`Dataset`, *optional*): Columns `image` and `text`: for the thresholds of rows that lack one, and for
-            figures by the length of the captions, if the model reads them.
+        has_image (`bool` or `np.ndarray` of shape `(rows,)`, *optional*, defaults to `True`): Whether the rows have
+            an image.
+        texts (`Sequence[str | None]`, *optional*): The text of each row, `None` for rows without one. By default all
+            rows have a text, and nothing is reported by its length.
 
     Returns:
         `dict`: `rows`, `at_0.5` and `fitted` (figures of [`MultiLabelMetric`]), `per_label` (with `f1_at_0.5`); and,
         all at the configuration's thresholds, `intervals` (95 %, of [`f1_intervals`]), `by_label_count`,
-        `by_caption_length` (with `rows`) and `warnings` (sentences).
+        `by_caption_length` (with `texts`, for a model that reads them) and `warnings` (sentences).
     """
-    metric, names = MultiLabelMetric(), label_names(config)
-    thresholds, texts = thresholds_of(config, rows), None if rows is None or not config.has_text else rows["text"][:]
-    predicted = scores.astype(np.float64) >= thresholds
+    metric, names = MultiLabelMetric(), config.label_names
+    present = has_image, True if texts is None else np.array([text is not None for text in texts], dtype=bool)
+    thresholds, predicted = config.thresholds_for(*present), config.decide(scores, *present)
+    texts = texts if config.has_text else None
     labels = per_label_report(scores, references, thresholds, names)
     for row, at_half in zip(labels, per_label_report(scores, references, 0.5, names), strict=True):
         row["f1_at_0.5"] = at_half["f1"]
@@ -161,76 +153,3 @@ def report_text(reports: dict[str, dict[str, Any]]) -> str:
     tables = [metrics_table(rows) for rows in (group_rows(figures), ablation_rows(figures)) if rows]
     warnings = [f"Warning: {warning}" for warning in figures["warnings"]]
     return "\n\n".join([report_table(reports), f"Of the {split} rows:", *tables, *warnings])
-
-
-PREDICTION_SUFFIXES = (".csv", ".jsonl")
-
-
-def check_suffix(path: str | Path, suffixes: tuple[str, ...]) -> None:
-    """`ValueError` for a file name that does not end in one of `suffixes`."""
-    if Path(path).suffix not in suffixes:
-        raise ValueError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
-
-
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[TextIO]:
-    """A text file to write that is there whole or not at all; what it replaces stays until then."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_predictions(path: str | Path, rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> None:
-    """
-    Writes predicted labels to a file that is there whole or not at all.
-
-    Args:
-        path (`str` or `Path`): `.csv` for the competition's form, `ImageID,Labels`, with the labels as the data writes
-            them, separated by spaces (by `|` if a label has a space in it); `.jsonl` for one object a row, with the
-            labels and all scores by name.
-        rows (`Dataset`): The columns `image`, `text` and `where`.
-        scores (`np.ndarray` of shape `(rows, labels)`): Probabilities.
-        config ([`MMClfConfig`]): Labels and thresholds.
-    """
-    check_suffix(path, PREDICTION_SUFFIXES)
-    with whole_file(path) as file:
-        if Path(path).suffix == ".csv":
-            ids = np.array(config.label_ids or label_names(config))
-            delimiter = "|" if any(len(label.split()) > 1 for label in ids) else " "
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["ImageID", "Labels"])
-            for name, hits in zip(_names(rows), decisions(scores, config, rows), strict=True):
-                writer.writerow([name, delimiter.join(ids[hits])])
-        else:
-            for name, ranked in zip(_names(rows), _ranked(scores, config, rows), strict=True):
-                labels = [label for label, _, hit in ranked if hit]
-                line = {"image": name, "labels": labels, "scores": {label: score for label, score, _ in ranked}}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def prediction_lines(rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> list[str]:
-    """One line of text a row: its name, and its labels with their scores, most likely first."""
-    return [
-        f"{name}: " + (", ".join(f"{label} {score:.2f}" for label, score, hit in ranked if hit) or "no label")
-        for name, ranked in zip(_names(rows), _ranked(scores, config, rows), strict=True)
-    ]
-
-
-def _ranked(scores: np.ndarray, config: MMClfConfig, rows: Dataset) -> Iterator[list[tuple[str, float, bool]]]:
-    """Label, score and whether it is predicted, for each row, most likely first."""
-    names = label_names(config)
-    for row, hits in zip(scores, decisions(scores, config, rows), strict=True):
-        order = np.argsort(-row, kind="stable")
-        yield [(names[i], round(float(row[i]), 6), bool(hits[i])) for i in order]
-
-
-def _names(rows: Dataset) -> list[str]:
-    """What each row is called: its picture's name, or its place in the source."""
-    names = [image if isinstance(image, str) or image is None else image.get("path") for image in rows["image"]]
-    return [name or where for name, where in zip(names, rows["where"], strict=True)]

@@ -9,15 +9,12 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-from datasets import Dataset
 from numpy.typing import ArrayLike
 from scipy.special import expit, logit
 
-from ..data.prepare import picture_paths
-from ..model.configuration_mmclf import MMClfConfig
 from .metrics import check_scores
 
-__all__ = ["OBJECTIVES", "best_threshold", "label_thresholds", "thresholds_of"]
+__all__ = ["OBJECTIVES", "best_threshold", "label_thresholds"]
 
 logger = logging.getLogger(__name__)
 
@@ -250,19 +247,3 @@ def _cross_validated(scores: np.ndarray, references: np.ndarray, known: np.ndarr
         for shrinkage in SHRINKAGES:
             predicted[shrinkage][held] = scores[held] >= thresholds(shrinkage)
     return max(reversed(SHRINKAGES), key=lambda shrinkage: aim.value(predicted[shrinkage], references, known))
-
-
-def thresholds_of(config: MMClfConfig, rows: Dataset | None = None) -> np.ndarray:
-    """
-    The thresholds of a configuration, `(labels,)`, or `(rows, labels)` where rows that lack something have others.
-
-    Args:
-        config ([`MMClfConfig`]): With the thresholds.
-        rows (`Dataset`, *optional*): Columns `image` and `text`; `None` for rows that lack nothing.
-    """
-    if rows is None or not config.missing_thresholds:
-        return np.array(config.thresholds)
-    found = zip(picture_paths(rows), rows["text"][:], strict=True)
-    kinds = [(image is not None, text is not None) for image, text in found]
-    known = {kind: config.thresholds_for(*kind) for kind in set(kinds)}
-    return np.array([known[kind] for kind in kinds]).reshape(len(kinds), config.num_labels)

@@ -16,11 +16,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from ..data.collator import is_absent, open_image
 from ..data.demo import DEMO_LABELS
-from ..data.prepare import DataArguments
+from ..data.prepare import DataArguments, presence, references_of
 from ..evaluation.metrics import MultiLabelMetric, metrics_table
-from ..evaluation.report import label_names, scores_of
-from ..evaluation.thresholds import thresholds_of
-from ..inference.predictor import FinishedModel, references_of
+from ..evaluation.report import scores_of
+from ..inference.predictor import Predictor
 
 if TYPE_CHECKING:
     from .onnx_predict import OnnxClassifier
@@ -33,7 +32,7 @@ Batch = dict[str, list]  # "images" and "text", or the one that the model has; N
 
 
 def export_onnx(
-    finished: FinishedModel | str | Path,
+    finished: Predictor | str | Path,
     output: str | Path | None = None,
     quantize: bool = False,
     rows: Dataset | None = None,
@@ -52,7 +51,7 @@ def export_onnx(
     logits are compared with the model's. The report is printed, too.
 
     Args:
-        finished ([`FinishedModel`], `str` or `Path`):
+        finished ([`Predictor`], `str` or `Path`):
             A finished model, or its folder. It is moved to the CPU, in single precision.
         output (`str` or `Path`, *optional*, defaults to `onnx` in the model's folder):
             Folder to write to. Files of an earlier export are replaced once the new ones are whole and compared.
@@ -81,8 +80,8 @@ def export_onnx(
     _check_installed()
     from .onnx_predict import OnnxClassifier
 
-    if not isinstance(finished, FinishedModel):
-        finished = FinishedModel.load(finished)
+    if not isinstance(finished, Predictor):
+        finished = Predictor.load(finished)
     finished.model.to("cpu", torch.float32).eval()
     output = Path(output or finished.folder / "onnx")
     if output.exists() and not output.is_dir():
@@ -142,7 +141,7 @@ def _check_installed() -> None:
         raise ImportError(f"export to ONNX needs {', '.join(missing)}; run `pip install 'hf_mmclf[onnx]'`")
 
 
-def _write(finished: FinishedModel, path: Path, batch: Batch) -> None:
+def _write(finished: Predictor, path: Path, batch: Batch) -> None:
     """Traces the model with two rows of `batch`, and writes it."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -172,9 +171,9 @@ def _write(finished: FinishedModel, path: Path, batch: Batch) -> None:
     program.save(path)
 
 
-def _record(finished: FinishedModel) -> dict[str, Any]:
+def _record(finished: Predictor) -> dict[str, Any]:
     """What a prediction takes apart from the weights; [`OnnxClassifier`] reads it."""
-    config, names = finished.model.config, label_names(finished.model.config)
+    config, names = finished.model.config, finished.model.config.label_names
     record = {"labels": names, "label_ids": config.label_ids or names, "thresholds": config.thresholds}
     record["missing_thresholds"] = config.missing_thresholds if config.has_image and config.has_text else None
     image, tokenizer = finished.processor.image_processor, finished.processor.tokenizer
@@ -237,14 +236,14 @@ def _write_int8(source: Path, target: Path) -> None:
     onnx.save(model, target)
 
 
-def _embedded_rows(finished: FinishedModel, labelled: bool) -> tuple[Dataset, Path]:
+def _embedded_rows(finished: Predictor, labelled: bool) -> tuple[Dataset, Path]:
     """Rows of the embedded data set; its test rows, with labels, if those are the model's and are asked for."""
-    labelled &= set(finished.model.config.label_ids or label_names(finished.model.config)) == set(DEMO_LABELS)
+    labelled &= set(finished.model.config.label_ids or finished.model.config.label_names) == set(DEMO_LABELS)
     prepared = finished.prepare(DataArguments() if labelled else DataArguments(demo_rows=SAMPLE), labelled)
     return prepared.splits["test" if labelled else "train"], prepared.folder
 
 
-def _batches(finished: FinishedModel, rows: Dataset, folder: Path | None, size: int) -> Iterator[Batch]:
+def _batches(finished: Predictor, rows: Dataset, folder: Path | None, size: int) -> Iterator[Batch]:
     """Pictures and captions of all rows."""
     config = finished.model.config
     for part in rows.iter(size):
@@ -259,7 +258,7 @@ def _batches(finished: FinishedModel, rows: Dataset, folder: Path | None, size: 
         yield batch
 
 
-def _sample(finished: FinishedModel, rows: Dataset, folder: Path | None) -> list[Batch]:
+def _sample(finished: Predictor, rows: Dataset, folder: Path | None) -> list[Batch]:
     """Single rows, among them odd ones, and then many in one batch."""
     if not len(rows):
         raise ValueError(f"no rows to compare {MODEL} with; give some, or none for those of the embedded data set")
@@ -278,12 +277,12 @@ def _sample(finished: FinishedModel, rows: Dataset, folder: Path | None) -> list
     return [*single, *lacking, many]
 
 
-def _inputs(finished: FinishedModel, batch: Batch) -> dict[str, torch.Tensor]:
+def _inputs(finished: Predictor, batch: Batch) -> dict[str, torch.Tensor]:
     """A batch as the model takes it."""
     return finished.processor(**batch)
 
 
-def _compare(finished: FinishedModel, classifier: "OnnxClassifier", sample: list[Batch]) -> dict[str, Any]:
+def _compare(finished: Predictor, classifier: "OnnxClassifier", sample: list[Batch]) -> dict[str, Any]:
     """Logits of the same inputs, and labels of the same pictures and captions."""
     difference, changed, compared = 0.0, 0, 0
     for batch in sample:
@@ -304,8 +303,8 @@ def _compare(finished: FinishedModel, classifier: "OnnxClassifier", sample: list
     return {"largest_logit_difference": difference, "labels_compared": compared, "labels_changed": changed}
 
 
-def _f1(finished: FinishedModel, classifier: "OnnxClassifier", rows: Dataset, folder: Path | None) -> float:
+def _f1(finished: Predictor, classifier: "OnnxClassifier", rows: Dataset, folder: Path | None) -> float:
     """Micro-F1 at the model's thresholds."""
     scores = np.concatenate([classifier(**batch) for batch in _batches(finished, rows, folder, 64)])
-    thresholds = thresholds_of(finished.model.config, rows)
+    thresholds = finished.model.config.thresholds_for(*presence(rows))
     return MultiLabelMetric().compute(predictions=scores, references=references_of(rows), threshold=thresholds)["f1"]

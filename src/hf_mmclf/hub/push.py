@@ -1,6 +1,7 @@
 """A finished folder on the Hub: one commit with the model, and nothing of its training."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -12,7 +13,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Repo
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-from ..inference.predictor import FinishedModel
+from ..inference.predictor import Predictor, atomic_folder, save_model
+from ..model.modeling_mmclf import MMClfForImageTextClassification
+from ..model.processing_mmclf import MMClfProcessor
 from .card import PLACEHOLDER, PLOTS
 
 # What a finished folder holds, by sub-folder. Nothing else is sent, and no pickle is among it.
@@ -25,6 +28,42 @@ PUBLISHED = {
     ),
     "onnx": ("*.onnx", "*.onnx.data", "*.json", "*.txt", "*.py", "*.md"),
 }
+
+
+def save_for_hub(model: MMClfForImageTextClassification, processor: MMClfProcessor, folder: str | Path) -> None:
+    """
+    Writes a folder that `AutoModel`, `AutoProcessor` and `pipeline` load, where this package is installed and, with
+    `trust_remote_code=True`, where it is not; the end of every training run does the same.
+
+    Args:
+        model ([`MMClfForImageTextClassification`]): With labels and thresholds in its `config`.
+        processor ([`MMClfProcessor`]): With the parts that the model needs.
+        folder (`str` or `Path`): What else is there stays, so that `metrics.json` or a card of one's own can be there
+            already; a card is written where there is none.
+
+    Raises:
+        `ValueError`: a processor that lacks a part, or has one too many.
+        `FileExistsError`: a folder with parts that would not fit: of a model with other modalities, or in ONNX.
+    """
+    from ..hub.card import PLOTS, write_card
+
+    config = model.config
+    parts = {"image_processor": config.has_image, "tokenizer": config.has_text}
+    for name, needed in parts.items():
+        if (getattr(processor, name) is not None) != needed:
+            wanted = "needs one" if needed else "has no use for it"
+            raise ValueError(f"the processor has {'no' if needed else 'a'} {name}, and the model {wanted}")
+    unfit = [] if config.has_image else ["preprocessor_config.json"]
+    unfit += [] if config.has_text else ["tokenizer.json", "tokenizer_config.json"]
+    if found := [name for name in (*unfit, "onnx") if Path(folder, name).exists()]:
+        raise FileExistsError(f"{folder} has {', '.join(found)} of another model; remove it, or give another folder")
+    with atomic_folder(folder) as stage:
+        save_model(model, processor, stage)
+        if not Path(folder, "README.md").exists():
+            for name in ("metrics.json", "training.json", *PLOTS):  # which the card shows
+                if Path(folder, name).exists():
+                    shutil.copyfile(Path(folder, name), stage / name)
+            write_card(stage)
 
 
 def push_to_hub(
@@ -103,7 +142,7 @@ def _is_published(path: str) -> bool:
 def _published_files(folder: Path) -> dict[str, Path]:
     """What is sent, by its path in the repository; says what is not. Raises if the folder is not fit to be pushed."""
     try:
-        FinishedModel.load(folder)
+        Predictor.load(folder)
     except SafetensorError as error:
         raise ValueError(f"{folder}: the weights cannot be read ({error}); was a copy interrupted?") from error
     entries = sorted(entry for part in PUBLISHED for entry in (folder / part).glob("*"))

@@ -4,18 +4,17 @@ from typing import Any
 
 import numpy as np
 
-from ..data.prepare import DataArguments
+from ..data.prepare import DataArguments, presence, references_of
 from ..evaluation.bootstrap import paired_difference
 from ..evaluation.metrics import metrics_table
-from ..evaluation.report import decisions, label_names
-from .predictor import FinishedModel, references_of
+from .predictor import Predictor
 
 SHOWN_ROWS = 5
 
 
 def compare(
-    a: FinishedModel,
-    b: FinishedModel,
+    a: Predictor,
+    b: Predictor,
     data: DataArguments,
     split: str | None = None,
     batch_size: int = 64,
@@ -26,9 +25,9 @@ def compare(
     Two models on the same rows, each at its own thresholds. They may read other modalities.
 
     Args:
-        a, b ([`FinishedModel`]): With the same labels, in any order.
+        a, b ([`Predictor`]): With the same labels, in any order.
         data ([`DataArguments`]): Where the rows come from.
-        split (`str`, *optional*): As for [`FinishedModel.choose_split`]; by default what each model's training held
+        split (`str`, *optional*): As for [`Predictor.choose_split`]; by default what each model's training held
             out. Rows that only one of the models takes are left out.
         batch_size (`int`, *optional*, defaults to 64): Rows in one forward pass of one process.
         resamples, seed (`int`, *optional*, default to 1000 and 0): Of the bootstrap.
@@ -58,7 +57,7 @@ def compare(
     rows = [own.select([place[where] for where in shared]) for own, place in zip(rows, places, strict=True)]
     references = references_of(rows[0])
     predicted_a, predicted_b = (
-        decisions(model.scores(own, found.folder, batch_size), model.model.config, own)
+        model.model.config.decide(model.scores(own, found.folder, batch_size), *presence(own))
         for model, own, found in zip((a, b), rows, prepared, strict=True)
     )
     predicted_b = predicted_b[:, order]
@@ -104,13 +103,13 @@ def comparison_text(comparison: dict[str, Any]) -> str:
     return "\n\n".join([*parts, metrics_table(shown)] if shown else parts)
 
 
-def _label_ids(finished: FinishedModel) -> list[str]:
+def _label_ids(finished: Predictor) -> list[str]:
     """How the data writes the labels, in the order of the logits."""
     config = finished.model.config
-    return list(config.label_ids or label_names(config))
+    return list(config.label_ids or config.label_names)
 
 
-def _label_order(a: FinishedModel, b: FinishedModel) -> list[int]:
+def _label_order(a: Predictor, b: Predictor) -> list[int]:
     """For each label of `a` its place among those of `b`."""
     ids, others = _label_ids(a), _label_ids(b)
     if set(ids) != set(others):

@@ -28,7 +28,6 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from ..evaluation.report import label_names
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from ..model.pipeline_mmclf import is_one
 
@@ -175,7 +174,7 @@ def explain(
     change little.
 
     Args:
-        pipe ([`ImageTextClassificationPipeline`] or [`FinishedModel`]):
+        pipe ([`ImageTextClassificationPipeline`] or [`Predictor`]):
             Anything with a `model` and its `processor`.
         image (*optional*):
             A picture in any form that the pipeline takes.
@@ -196,7 +195,7 @@ def explain(
     if not (hasattr(pipe, "model") and hasattr(pipe, "processor")):
         raise TypeError(f"got {pipe!r}; expected a pipeline: explain(hf_mmclf.pipeline(folder), ...)")
     model, processor = pipe.model, pipe.processor
-    names = label_names(model.config)
+    names = model.config.label_names
     parts = {"image": (image, processor.image_processor), "text": (text, processor.tokenizer)}
     for name, (given, part) in parts.items():
         if given is not None and part is None:

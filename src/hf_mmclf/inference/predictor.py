@@ -2,9 +2,10 @@
 
 import csv
 import dataclasses
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,40 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
+from transformers.trainer_utils import PredictionOutput
+from transformers.utils import is_torch_bf16_gpu_available
 
-from ..data.collator import Collator, EvaluationImageTransform, RowTransform
+from ..data.collator import Preprocessing
 from ..data.labels import LabelSet
-from ..data.prepare import DataArguments, PreparedData, prepare_data
-from ..evaluation.ablation import Transform, ablation_figures
-from ..evaluation.report import label_names, report, scores_of
+from ..data.prepare import DataArguments, PreparedData, prepare_data, presence, references_of
+from ..evaluation.ablation import REMOVED, ablation_figures, shuffled_texts
+from ..evaluation.report import report, scores_of
 from ..model.configuration_mmclf import MMClfConfig
 from ..model.image_processing_mmclf import MMClfImageProcessor
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from ..model.pipeline_mmclf import TASK, ImageTextClassificationPipeline
 from ..model.processing_mmclf import MMClfProcessor
-from ..training.arguments import machine_defaults
+
+
+def machine_defaults() -> dict[str, Any]:
+    """What the machine suggests: bf16 where an accelerator has it, and workers for the cores each process has.
+
+    Batches for an accelerator come from pinned memory and are copied while it computes.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    accelerated = torch.accelerator.is_available()
+    return {
+        "bf16": is_torch_bf16_gpu_available(),
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": True,
+        "dataloader_pin_memory": accelerated,
+        "accelerator_config": {"non_blocking": True} if accelerated else None,
+    }
 
 
 @contextmanager
-def whole_folder(output: str | Path, stage: str | Path | None = None) -> Iterator[Path]:
+def atomic_folder(output: str | Path, stage: str | Path | None = None) -> Iterator[Path]:
     """
     A folder to write to; what it holds in the end moves to `output`, config.json last.
 
@@ -58,44 +77,8 @@ def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor
     pipe.save_pretrained(folder)
 
 
-def save_for_hub(model: MMClfForImageTextClassification, processor: MMClfProcessor, folder: str | Path) -> None:
-    """
-    Writes a folder that `AutoModel`, `AutoProcessor` and `pipeline` load, where this package is installed and, with
-    `trust_remote_code=True`, where it is not; the end of every training run does the same.
-
-    Args:
-        model ([`MMClfForImageTextClassification`]): With labels and thresholds in its `config`.
-        processor ([`MMClfProcessor`]): With the parts that the model needs.
-        folder (`str` or `Path`): What else is there stays, so that `metrics.json` or a card of one's own can be there
-            already; a card is written where there is none.
-
-    Raises:
-        `ValueError`: a processor that lacks a part, or has one too many.
-        `FileExistsError`: a folder with parts that would not fit: of a model with other modalities, or in ONNX.
-    """
-    from ..hub.card import PLOTS, write_card
-
-    config = model.config
-    parts = {"image_processor": config.has_image, "tokenizer": config.has_text}
-    for name, needed in parts.items():
-        if (getattr(processor, name) is not None) != needed:
-            wanted = "needs one" if needed else "has no use for it"
-            raise ValueError(f"the processor has {'no' if needed else 'a'} {name}, and the model {wanted}")
-    unfit = [] if config.has_image else ["preprocessor_config.json"]
-    unfit += [] if config.has_text else ["tokenizer.json", "tokenizer_config.json"]
-    if found := [name for name in (*unfit, "onnx") if Path(folder, name).exists()]:
-        raise FileExistsError(f"{folder} has {', '.join(found)} of another model; remove it, or give another folder")
-    with whole_folder(folder) as stage:
-        save_model(model, processor, stage)
-        if not Path(folder, "README.md").exists():
-            for name in ("metrics.json", "training.json", *PLOTS):  # which the card shows
-                if Path(folder, name).exists():
-                    shutil.copyfile(Path(folder, name), stage / name)
-            write_card(stage)
-
-
 @dataclasses.dataclass
-class FinishedModel:
+class Predictor:
     """
     A model with its preprocessing, as a training run leaves it.
 
@@ -103,14 +86,17 @@ class FinishedModel:
         folder (`Path`): Where it comes from.
         model ([`MMClfForImageTextClassification`]): With labels and thresholds in its `config`.
         processor ([`MMClfProcessor`]): With the image processor and the tokenizer, where the model needs them.
+        trainer (`Trainer`, *optional*): Computes the logits, for example under a training run's own processes. By
+            default each call makes one that suits the machine.
     """
 
     folder: Path
     model: MMClfForImageTextClassification
     processor: MMClfProcessor
+    trainer: Trainer | None = None
 
     @classmethod
-    def load(cls, folder: str | Path) -> "FinishedModel":
+    def load(cls, folder: str | Path) -> "Predictor":
         """Loads an output folder; `FileNotFoundError` for none or an unfinished one, `ValueError` for another kind."""
         folder = Path(folder)
         if not (folder / "config.json").is_file():
@@ -131,7 +117,7 @@ class FinishedModel:
     ) -> PreparedData:
         """Rows for this model, with its labels and nothing split; the arguments are those of [`prepare_data`]."""
         config = self.model.config
-        names = label_names(config)
+        names = config.label_names
         labels = LabelSet(tuple(config.label_ids or names), tuple(names))
         return prepare_data(args, config.has_image, config.has_text, labels, with_labels, sources)
 
@@ -142,7 +128,7 @@ class FinishedModel:
         One split of the source and its name. A table that training has split counts as split in the same way.
 
         Args:
-            prepared ([`PreparedData`]): From [`FinishedModel.prepare`].
+            prepared ([`PreparedData`]): From [`Predictor.prepare`].
             name (`str`, *optional*): train, validation or test; by default the last of these that the source has.
             held_out (`bool`, *optional*, defaults to `False`): Choose the default among training's splits too, so that
                 of a table that training has split it is not all rows, but those that it tested on.
@@ -171,17 +157,17 @@ class FinishedModel:
             members.setdefault(split_of[where], []).append(row)
         return {name: rows.select(indices) for name, indices in members.items()}
 
-    def scores(
+    def predict(
         self,
         rows: Dataset,
         folder: Path,
         batch_size: int = 64,
         workers: int | None = None,
-        change: Callable[[Transform], Transform] | None = None,
-    ) -> np.ndarray:
+        replaced: tuple[str, Mapping[str, Any] | None] | None = None,
+    ) -> PredictionOutput:
         """
-        Scores of rows with the columns of [`PreparedData`]; under `accelerate launch` each process computes its share,
-        and all return all of them.
+        Compute the logits of rows with the columns of [`PreparedData`]; under `accelerate launch` each process
+        computes its share, and all return all of them.
 
         Args:
             rows (`Dataset`): Columns `image`, `text` and `where`.
@@ -189,16 +175,15 @@ class FinishedModel:
             batch_size (`int`, *optional*, defaults to 64): Rows in one forward pass of one process.
             workers (`int`, *optional*): Processes that load pictures; by default none for a single batch, else as many
                 as suit the machine.
-            change (`Callable`, *optional*): From the transform of the rows to another, such as one of [`ablations`].
+            replaced (`tuple`, *optional*): A column and its other cells; see [`ReplacedColumn`].
 
         Returns:
-            `np.ndarray` of shape `(rows, labels)`: Probabilities, float32, in the order of the rows.
+            `PredictionOutput`: `predictions` are the logits `(rows, labels)`, float32, in the order of the rows.
         """
-        image_processor, tokenizer = self.processor.image_processor, self.processor.tokenizer
-        size = image_processor.size["longest_edge"] if image_processor else None
-        collator = Collator(tokenizer, getattr(tokenizer, "model_max_length", 0), size)
-        transform = RowTransform(folder, image_processor and EvaluationImageTransform(image_processor))
-        transform = transform if change is None else change(transform)
+        preprocessing = Preprocessing(self.processor, folder)
+        dataset = preprocessing.dataset(rows, *(replaced or ()))
+        if self.trainer is not None:
+            return self.trainer.predict(dataset)
         options: dict[str, Any] = {**machine_defaults(), "bf16": False, "remove_unused_columns": False}
         options["use_cpu"] = not torch.accelerator.is_available()  # else Trainer overlooks that there are several
         if workers is None and len(rows) <= batch_size:
@@ -207,9 +192,35 @@ class FinishedModel:
             options |= {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
         with tempfile.TemporaryDirectory() as scratch:  # Trainer wants a folder, though prediction writes nothing
             args = TrainingArguments(scratch, per_device_eval_batch_size=batch_size, **options)
-            trainer = Trainer(self.model, args, data_collator=collator)
-            result = trainer.predict(rows.with_transform(transform))
-        return scores_of(result.predictions)
+            return Trainer(self.model, args, data_collator=preprocessing.collator).predict(dataset)
+
+    def scores(self, rows: Dataset, folder: Path, batch_size: int = 64, workers: int | None = None) -> np.ndarray:
+        """Compute the scores `(rows, labels)` of rows, float32 in [0, 1]; the arguments are those of `predict`."""
+        return scores_of(self.predict(rows, folder, batch_size, workers).predictions)
+
+    def ablated_scores(self, rows: Dataset, folder: Path, batch_size: int = 64) -> dict[str, np.ndarray]:
+        """
+        Compute the scores of rows without their texts, without their images and with texts of other rows.
+
+        Args:
+            rows, folder, batch_size: As for [`Predictor.predict`].
+
+        Returns:
+            `dict[str, np.ndarray]`: Scores `(rows, labels)` by ablation. `shuffled_captions` is left out where fewer
+            than two rows have a text.
+        """
+        replaced = {name: (column, None) for name, column in REMOVED.items()}
+        texts = rows["text"][:]
+        if sum(text is not None for text in texts) > 1:
+            replaced["shuffled_captions"] = "text", dict(zip(rows["where"][:], shuffled_texts(texts), strict=True))
+        return {
+            name: scores_of(self.predict(rows, folder, batch_size, replaced=change).predictions)
+            for name, change in replaced.items()
+        }
+
+    def report(self, rows: Dataset, scores: np.ndarray) -> dict[str, Any]:
+        """Compute the figures of labelled rows from their scores `(rows, labels)`; see [`report`]."""
+        return report(scores, references_of(rows), self.model.config, presence(rows)[0], rows["text"][:])
 
     def evaluate(self, rows: Dataset, folder: Path, batch_size: int = 64, ablations: bool = True) -> dict[str, Any]:
         """
@@ -217,7 +228,7 @@ class FinishedModel:
 
         Args:
             rows (`Dataset`): Columns `image`, `text`, `where` and `labels`.
-            folder, batch_size: As for [`FinishedModel.scores`].
+            folder, batch_size: As for [`Predictor.predict`].
             ablations (`bool`, *optional*, defaults to `True`): For a model with both modalities, `ablations` too; that
                 takes three more passes, one of them without pictures.
 
@@ -228,18 +239,11 @@ class FinishedModel:
             `ValueError`: rows without labels.
         """
         config, references = self.model.config, references_of(rows)
-        figures = report(self.scores(rows, folder, batch_size), references, config, rows)
+        figures = self.report(rows, self.scores(rows, folder, batch_size))
         if ablations and config.has_image and config.has_text:
-
-            def score(change: Callable[[Transform], Transform]) -> np.ndarray:
-                return self.scores(rows, folder, batch_size, change=change)
-
-            figures["ablations"] = ablation_figures(score, rows, references, config)
+            ablated = self.ablated_scores(rows, folder, batch_size)
+            figures["ablations"] = ablation_figures(ablated, references, config, *presence(rows))
         return figures
 
 
-def references_of(rows: Dataset) -> np.ndarray:
-    """Multi-hot labels of rows, `(rows, labels)`; `ValueError` where they have none."""
-    if "labels" not in rows.column_names:
-        raise ValueError("these rows have no labels; name their column by --label_column or --label_columns")
-    return rows.with_format("numpy")["labels"][:]
+FinishedModel = Predictor  # the name in version 0.1

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import numpy as np
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -144,18 +145,59 @@ class MMClfConfig(PreTrainedConfig):
         return self.text_config is not None
 
     @property
-    def thresholds(self) -> list[float]:
-        """`list[float]`: One threshold for each label, in the order of the logits, of rows that lack nothing."""
-        return self.thresholds_for()
+    def label_names(self) -> list[str]:
+        """`list[str]`: The names of the labels in the order of the logits."""
+        return [self.id2label[i] for i in range(self.num_labels)]
 
-    def thresholds_for(self, image: bool = True, text: bool = True) -> list[float]:
-        """One threshold for each label, in the order of the logits, of rows with or without a picture or caption."""
-        if self.has_image and self.has_text:
-            for name, present in (("image", image), ("text", text)):
-                if not present and name in (self.missing_thresholds or {}):
-                    return [float(self.missing_thresholds[name])] * self.num_labels
-        names = [self.id2label[i] for i in range(self.num_labels)]
-        return [float((self.label_thresholds or {}).get(name, self.threshold)) for name in names]
+    @property
+    def thresholds(self) -> list[float]:
+        """`list[float]`: One threshold for each label, in the order of the logits, for rows with all modalities."""
+        own = self.label_thresholds or {}
+        return [float(own.get(name, self.threshold)) for name in self.label_names]
+
+    def thresholds_for(self, has_image: bool | np.ndarray = True, has_text: bool | np.ndarray = True) -> np.ndarray:
+        """
+        Return the thresholds of rows with or without an image or a text.
+
+        Args:
+            has_image, has_text (`bool` or `np.ndarray` of shape `(rows,)`, *optional*, defaults to `True`):
+                Whether the row, or each of several rows, has an image and a text.
+
+        Returns:
+            `np.ndarray` of shape `(num_labels,)` or, for several rows, `(rows, num_labels)`: Float64, in the order of
+            the logits.
+        """
+        thresholds = np.array(self.thresholds)
+        if self.missing_thresholds and self.has_image and self.has_text:
+            for name, present in (("text", has_text), ("image", has_image)):
+                own = self.missing_thresholds.get(name, thresholds)
+                thresholds = np.where(np.asarray(present, dtype=bool)[..., None], thresholds, own)
+        return thresholds
+
+    def decide(
+        self,
+        scores: np.ndarray,
+        has_image: bool | np.ndarray = True,
+        has_text: bool | np.ndarray = True,
+        thresholds: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """
+        Decide which labels are predicted: those whose score is at least their threshold, compared in float64.
+
+        Args:
+            scores (`np.ndarray` of shape `(num_labels,)` or `(rows, num_labels)`): Probabilities.
+            has_image, has_text (`bool` or `np.ndarray` of shape `(rows,)`, *optional*, defaults to `True`):
+                As for [`~MMClfConfig.thresholds_for`].
+            thresholds (`np.ndarray` of shape `(num_labels,)`, *optional*):
+                Thresholds that replace those of the configuration, except where they are NaN.
+
+        Returns:
+            `np.ndarray`: Bool, of the shape of `scores`.
+        """
+        own = self.thresholds_for(has_image, has_text)
+        if thresholds is not None:
+            own = np.where(np.isnan(thresholds), own, thresholds)
+        return np.asarray(scores, dtype=np.float64) >= own
 
 
 __all__ = ["MMClfConfig"]

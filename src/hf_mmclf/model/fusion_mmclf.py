@@ -164,9 +164,18 @@ class LabelClassifier(nn.Module):
         return (vectors * self.weight).sum(-1) + self.bias
 
 
+class RowBatchNorm(nn.BatchNorm1d):
+    """BatchNorm1d that normalises a training batch of a single row by the running statistics, not by its variance."""
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        if self.training and len(vectors) == 1:
+            return F.batch_norm(vectors, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(vectors)
+
+
 def projection(config: MMClfConfig, width: int) -> nn.Module:
     """The way of one modality's vector into the common width."""
     linear = nn.Linear(width, config.width)
     if not config.projection_norm:
         return linear
-    return nn.Sequential(linear, nn.BatchNorm1d(config.width), nn.ReLU(), nn.Dropout(config.dropout))
+    return nn.Sequential(linear, RowBatchNorm(config.width), nn.ReLU(), nn.Dropout(config.dropout))

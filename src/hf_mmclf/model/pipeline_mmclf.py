@@ -233,11 +233,11 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         """Labels with their scores, most likely first."""
         config = self.model.config
         scores = model_outputs["logits"][0].float().sigmoid().numpy()
-        own = config.thresholds_for(**{part: bool(model_outputs.get(part, [True])[0]) for part in ("image", "text")})
-        if thresholds is None:
-            thresholds = np.zeros(len(scores)) if top_k is not None else np.array(own)
-        thresholds = np.where(np.isnan(thresholds), own, thresholds)
-        hits = np.full(len(scores), True) if return_all_scores else scores.astype(np.float64) >= thresholds
+        present = [bool(model_outputs.get(part, [True])[0]) for part in ("image", "text")]
+        if return_all_scores or (thresholds is None and top_k is not None):
+            hits = np.full(len(scores), True)
+        else:
+            hits = config.decide(scores, *present, thresholds=thresholds)
         order = [i for i in np.argsort(-scores, kind="stable") if hits[i]]
         return [{"label": config.id2label[int(i)], "score": float(scores[i])} for i in order[:top_k]]
 

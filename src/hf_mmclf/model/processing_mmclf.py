@@ -75,24 +75,46 @@ class MMClfProcessor(ProcessorMixin):
             raise ValueError(
                 f"got {len(images)} images and {len(text)} texts; expected as many of one as of the other"
             )
-        inputs: dict[str, Any] = {}
         if images is not None:
-            present = torch.tensor([image is not None for image in images], dtype=torch.bool)
-            size = self.image_processor.size["longest_edge"]
-            pixel_values = torch.zeros(len(images), 3, size, size)
-            if present.any():
-                given = [image for image in images if image is not None]
-                pixel_values[present] = self.image_processor(given, return_tensors="pt")["pixel_values"]
-            inputs |= {"pixel_values": pixel_values, "image_mask": present}
-        if text is not None:
-            captions = [caption or "" for caption in text]
-            inputs |= self.tokenizer(
-                captions, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
-            )
-            inputs["text_mask"] = torch.tensor([not caption.isspace() and caption != "" for caption in captions])
+            given = [image for image in images if image is not None]
+            prepared = iter(self.image_processor(given, return_tensors="pt")["pixel_values"] if given else [])
+            images = [None if image is None else next(prepared) for image in images]
+        inputs = self.collate(images, text, max_length)
         if return_tensors == "np":
             inputs = {name: value.numpy() for name, value in inputs.items()}
         return BatchFeature(inputs)
+
+    def collate(
+        self,
+        pixel_values: Sequence[torch.Tensor | None] | None = None,
+        text: Sequence[str | None] | None = None,
+        max_length: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        r"""
+        Make one batch of preprocessed images and of texts. Calling the processor and every data collator end here.
+
+        Args:
+            pixel_values (`Sequence[torch.Tensor]` of shape `(3, size, size)`, *optional*):
+                One tensor or `None` for each row; the image of a row without one is black.
+            text (`Sequence[str]`, *optional*):
+                One text or `None` for each row. A blank text counts as none.
+            max_length (`int`, *optional*):
+                Longer texts are truncated. Defaults to the tokenizer's `model_max_length`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: As when calling the processor.
+        """
+        inputs: dict[str, Any] = {}
+        if pixel_values is not None:
+            size = self.image_processor.size["longest_edge"]
+            blank = torch.zeros(3, size, size)
+            inputs["pixel_values"] = torch.stack([blank if image is None else image for image in pixel_values])
+            inputs["image_mask"] = torch.tensor([image is not None for image in pixel_values], dtype=torch.bool)
+        if text is not None:
+            texts = [given or "" for given in text]
+            inputs |= self.tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+            inputs["text_mask"] = torch.tensor([bool(given.strip()) for given in texts], dtype=torch.bool)
+        return inputs
 
     @staticmethod
     def _listed(rows: Any) -> list | None:

@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import difflib
 import json
-import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
@@ -19,11 +18,12 @@ import timm
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
 
+from ..data.augmentation import AugmentationArguments
 from ..data.prepare import DataArguments
 from ..evaluation.report import FIGURES
 from ..evaluation.thresholds import check_objective
+from ..inference.predictor import machine_defaults
 from ..presets import get_preset
 from .losses import MultiLabelLoss
 
@@ -81,20 +81,6 @@ class ModelArguments:
         name = self.image_backbone
         if name not in (None, "none") and ":" not in name and not timm.is_model(name):
             raise ValueError(f"image_backbone: timm has no architecture {name!r}{_nearest(name, timm.list_models())}")
-
-
-@dataclasses.dataclass
-class AugmentationArguments:
-    """Random changes to training rows; 0 switches each off."""
-
-    _argument_group_name = "augmentation of training rows"
-    crop_scale: float = _field(0.6, "Smallest share of a picture's area that a random resized crop keeps.")
-    flip: float = _field(0.5, "Probability of mirroring left and right.")
-    vertical_flip: float = _field(0.0, "Probability of turning upside down.")
-    rotation: float = _field(20.0, "Largest rotation either way, in degrees.")
-    color_jitter: float = _field(0.2, "Largest relative change of brightness, contrast and saturation.")
-    swap_words: float = _field(0.1, "Probability for each word to change places with another.")
-    drop_words: float = _field(0.0, "Probability for each word to be left out.")
 
 
 @dataclasses.dataclass
@@ -209,6 +195,11 @@ class MMClfTrainingArguments(TrainingArguments):
         if self.load_best_model_at_end and metric not in FIGURES:  # Trainer would say so after the first epoch
             raise ValueError(f"metric_for_best_model is {metric!r}; expected one of {', '.join(FIGURES)}")
 
+    @property
+    def counts_labels(self) -> bool:
+        """`bool`: Whether the loss needs the frequencies of the labels."""
+        return self.positive_weight_power > 0 or self.loss == "distribution_balanced"
+
 
 Arguments = tuple[ModelArguments, DataArguments, AugmentationArguments, MMClfTrainingArguments]
 CLASSES = (ModelArguments, DataArguments, AugmentationArguments, MMClfTrainingArguments)
@@ -231,23 +222,6 @@ COMMON = (
     "dataloader_num_workers",
     "resume_from_checkpoint",
 )
-
-
-def machine_defaults() -> dict[str, Any]:
-    """What the machine suggests: bf16 where an accelerator has it, and workers for the cores each process has.
-
-    Batches for an accelerator come from pinned memory and are copied while it computes.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
-    accelerated = torch.accelerator.is_available()
-    return {
-        "bf16": is_torch_bf16_gpu_available(),
-        "dataloader_num_workers": workers,
-        "dataloader_persistent_workers": True,
-        "dataloader_pin_memory": accelerated,
-        "accelerator_config": {"non_blocking": True} if accelerated else None,
-    }
 
 
 def _parser(prog: str | None) -> HfArgumentParser:

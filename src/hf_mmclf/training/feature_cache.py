@@ -26,6 +26,7 @@ from huggingface_hub.constants import HF_HOME
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from ..data.collator import Collator, EvaluationImageTransform, RowTransform
 from ..data.prepare import picture_paths
@@ -142,31 +143,27 @@ class FeatureCache:
         config = model.config
         image = text = None
         if config.has_image:
-            size = collator.image_size
+            size = collator.processor.image_processor.size["longest_edge"]
             image = self._states({"pixel_values": torch.zeros(1, 3, size, size)})[0]
             if image is None:
                 name = config.image_backbone + " with image_tokens 'stages'" * (config.image_tokens == "stages")
                 raise ValueError(_refusal("image", name, "stages", config.unfrozen_image_stages))
         if config.has_text:
-            text = self._states(collator.tokenizer(["a"], return_tensors="pt"))[1]
+            text = self._states(collator.processor.collate(text=["a"]))[1]
             if text is None and image is None:
                 name = config.text_config.model_type
                 raise ValueError(_refusal("text", name, "layers", config.unfrozen_text_layers))
         self.image_shape = None if image is None else tuple(image.shape[1:])
         self.text_width = None if text is None else text.shape[-1]
-        self.cached_collator = CachedCollator(
-            Collator(collator.tokenizer if text is None else None, collator.max_tokens),
-            self.image_shape,
-            self.text_width,
-        )
+        self.cached_collator = CachedCollator(collator, self.image_shape, self.text_width)
         about = {
             "image_backbone": config.image_backbone or "-",
             "text_backbone": config.text_backbone or getattr(config.text_config, "model_type", "-"),
             "states": {"image": self.image_shape, "text": self.text_width and [None, self.text_width]},
             "unfrozen": [config.unfrozen_image_stages, config.unfrozen_text_layers],
             "config": {**config.to_dict(), **dict.fromkeys(_NOT_OF_THE_CUT)},
-            "recipe": {**recipe, "image_size": collator.image_size},
-            "tokenizer": [_digest_of_tokenizer(collator), collator.max_tokens],
+            "recipe": recipe,
+            "tokenizer": _digest_of_tokenizer(collator.processor.tokenizer),
             "precision": "bf16" if args.bf16 else "fp32",
             "versions": {name: _version(name) for name in PACKAGES},
         }
@@ -217,7 +214,7 @@ class FeatureCache:
         width = 2 * math.prod(self.image_shape or (0,))
         if self.text_width is not None:
             some = [text for text in rows[:1_000]["text"] if text] or [""]
-            lengths = self.collator.tokenizer(some, truncation=True, max_length=self.collator.max_tokens)["input_ids"]
+            lengths = self.collator.processor.tokenizer(some, truncation=True)["input_ids"]
             width += 2 * self.text_width * sum(map(len, lengths)) // len(some)
         return width
 
@@ -347,13 +344,12 @@ def _digest(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()
 
 
-def _digest_of_tokenizer(collator: Collator) -> str | None:
-    if collator.tokenizer is None:
+def _digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    if tokenizer is None:
         return None
-    parts = json.loads(collator.tokenizer.backend_tokenizer.to_str())
-    return _digest(
-        json.dumps({**parts, "padding": None, "truncation": None}, sort_keys=True)
-    )  # those of the last call
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts |= {"padding": None, "truncation": tokenizer.model_max_length}  # in the text: those of the last call
+    return _digest(json.dumps(parts, sort_keys=True))
 
 
 def _digest_of_weights(model: MMClfForImageTextClassification) -> str:

@@ -8,27 +8,44 @@ import re
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import Trainer
 
-from ..data.prepare import PreparedData
-from ..evaluation.report import write_predictions
 from ..hub.card import EMBEDDED, write_card
 from ..hub.plots import write_plots
-from ..model.configuration_mmclf import MMClfConfig
+from ..inference.predictions import write_predictions
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from .arguments import Arguments, MMClfTrainingArguments, ModelArguments
+from .inputs import TrainingInputs
 
 RECORDED_PACKAGES = ("hf_mmclf", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets")
 
 
-def run_record(arguments: Arguments, trainer: Trainer, prepared: PreparedData) -> dict[str, Any]:
+class Results(NamedTuple):
+    """
+    What a run reaches.
+
+    Args:
+        reports (`dict[str, dict]`): The figures of [`report`] by split.
+        outcomes (`dict[str, tuple[np.ndarray, np.ndarray]]`): Scores and labels `(rows, labels)` by split.
+        speed (`dict[str, Any]`): Rows a second of the last split.
+        temperature (`float`, *optional*): What the logits were divided by.
+    """
+
+    reports: dict[str, dict[str, Any]]
+    outcomes: dict[str, tuple[np.ndarray, np.ndarray]]
+    speed: dict[str, Any]
+    temperature: float | None
+
+
+def run_record(arguments: Arguments, trainer: Trainer, inputs: TrainingInputs, results: Results) -> dict[str, Any]:
     """A run for `training.json`, from which the card is written: names without paths, and no trace of who ran it."""
     model_args, data_args, augmentation, args = arguments
-    model, config, state = trainer.model, trainer.model.config, trainer.state
+    model, config, state = inputs.model, inputs.model.config, trainer.state
+    prepared, processor = inputs.prepared, inputs.preprocessing.processor
     places = [place for place in (data_args.data, data_args.validation_data, data_args.test_data) if place]
     on_hub = [place for place in places if not Path(place).exists()]
     names = [place if place in on_hub else Path(place).resolve().name for place in places]
@@ -54,6 +71,10 @@ def run_record(arguments: Arguments, trainer: Trainer, prepared: PreparedData) -
         # what comes after the colon is a path
         "bad_images": [(where, re.sub(r""": ['"].*""", "", reason)) for where, reason in prepared.bad_images],
         "parameters": parameters,
+        "tokenizer": inputs.tokenizer_source,
+        "missing": inputs.missing,
+        "temperature": results.temperature,
+        "speed": {**results.speed, "machine": machine_name(args)},
         "recipe": {
             "epochs": args.num_train_epochs,
             "max_steps": args.max_steps if args.max_steps > 0 else None,
@@ -75,6 +96,8 @@ def run_record(arguments: Arguments, trainer: Trainer, prepared: PreparedData) -
             "threshold_objective": args.threshold_objective or "micro",
             "threshold_beta": args.threshold_beta,
             "threshold_precision": args.threshold_precision,
+            "image_size": processor.image_processor and processor.image_processor.size["longest_edge"],
+            "max_tokens": processor.tokenizer and processor.tokenizer.model_max_length,
         },
         "processes": args.world_size,
         "epochs": state.epoch,
@@ -107,31 +130,24 @@ def machine_name(args: MMClfTrainingArguments) -> str:
 
 
 def write_records(
-    folder: Path,
-    config: MMClfConfig,
-    prepared: PreparedData,
-    reports: dict[str, Any],
-    outcomes: dict[str, tuple[np.ndarray, np.ndarray]],
-    record: dict[str, Any],
-    save_predictions: bool = False,
+    folder: Path, inputs: TrainingInputs, results: Results, record: dict[str, Any], save_predictions: bool = False
 ) -> None:
     """
     Writes `metrics.json`, `training.json`, `splits.csv`, the plots and the card to a folder that has the model.
 
     Args:
         folder (`Path`): Where the model has been saved.
-        config ([`MMClfConfig`]): With the fitted thresholds.
-        prepared ([`PreparedData`]): The rows, for `splits.csv`.
-        reports (`dict`): What [`report`] says of each split.
-        outcomes (`dict`): Scores and multi-hot labels, `(rows, labels)` both, of each split.
+        inputs ([`TrainingInputs`]): The rows, and the model with the fitted thresholds.
+        results ([`Results`]): What the run reaches.
         record (`dict`): Of [`run_record`].
         save_predictions (`bool`, *optional*, defaults to `False`): Write `predictions-<split>.csv`.
     """
+    config, prepared, outcomes = inputs.model.config, inputs.prepared, results.outcomes
     kinds = ("threshold", "label_thresholds", "missing_thresholds")
     thresholds = {name: getattr(config, name) for name in kinds}
     megabytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**20
     dump = partial(json.dumps, indent=2, ensure_ascii=False)
-    (folder / "metrics.json").write_text(dump({**thresholds, **reports}), encoding="utf-8")
+    (folder / "metrics.json").write_text(dump({**thresholds, **results.reports}), encoding="utf-8")
     (folder / "training.json").write_text(dump({**record, "megabytes": megabytes}), encoding="utf-8")
     with (folder / "splits.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -141,7 +157,7 @@ def write_records(
     if save_predictions:
         for name, (scores, _) in outcomes.items():
             write_predictions(folder / f"predictions-{name}.csv", prepared.splits[name], scores, config)
-    labels = list(reports.values())[-1]["per_label"]
+    labels = list(results.reports.values())[-1]["per_label"]
     kept_epoch = (record["best_checkpoint"] or {}).get("epoch")
     write_plots(folder, outcomes, labels, config.threshold, record["history"], kept_epoch)
     write_card(folder)

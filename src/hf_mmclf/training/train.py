@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +11,33 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors.torch import load_model
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedTokenizerBase,
-    TrainerState,
-    set_seed,
-)
+from transformers import EarlyStoppingCallback, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
-from ..data.augmentation import ImageAugmentation, TextAugmentation
-from ..data.collator import Collator, EvaluationImageTransform, RowTransform
-from ..data.labels import LabelSet
-from ..data.prepare import DataArguments, picture_paths, prepare_data
-from ..data.streaming import StreamCollator, open_stream
-from ..data.tokenizer import load_tokenizer
-from ..evaluation.ablation import ABSENT, Transform, ablation_figures, ablations
+from ..data.augmentation import AugmentationArguments
+from ..data.prepare import DataArguments, PreparedData, presence, references_of
+from ..data.streaming import StreamCollator
+from ..evaluation.ablation import REMOVED, ablation_figures
 from ..evaluation.calibration import fit_temperature
-from ..evaluation.report import ComputeMetrics, report, report_text, scores_of
+from ..evaluation.report import ComputeMetrics, report_text, scores_of
 from ..evaluation.thresholds import best_threshold, label_thresholds
-from ..inference.predictor import references_of, save_model, whole_folder
-from ..model.configuration_mmclf import MMClfConfig
-from ..model.image_processing_mmclf import MMClfImageProcessor
+from ..inference.predictor import Predictor, atomic_folder, save_model
 from ..model.modeling_mmclf import MMClfForImageTextClassification
-from ..model.processing_mmclf import MMClfProcessor
-from .arguments import AugmentationArguments, MMClfTrainingArguments, ModelArguments
+from .arguments import MMClfTrainingArguments, ModelArguments
 from .feature_cache import FeatureCache
-from .inputs import build_config, build_image_processor, build_model
+from .inputs import (
+    TrainingInputs,
+    build_config,
+    build_model,
+    prepare_inputs,
+    settle_labels,
+)
 from .losses import MultiLabelLoss
-from .record import machine_name, run_record, write_records
+from .record import Results, run_record, write_records
 from .trainer import MMClfTrainer
 
+logger = logging.get_logger(__name__)
 CHECKPOINTS = "checkpoints"
 
 
@@ -52,142 +48,48 @@ def train(
     args: MMClfTrainingArguments,
 ) -> Path:
     """
-    Trains, fits the thresholds on the validation rows, reports on validation and test rows, and writes the folder.
+    Train a model, fit its thresholds on the validation rows, report on validation and test rows, and write the folder.
+
+    Args:
+        model_args ([`ModelArguments`]): The architecture and what it starts from.
+        data_args ([`DataArguments`]): Where the rows come from.
+        augmentation ([`AugmentationArguments`]): Random changes to training rows.
+        args ([`MMClfTrainingArguments`]): Everything else.
 
     Returns:
         `Path`: The output folder: model, image processor, tokenizer, `metrics.json`, `training.json`, `splits.csv`,
         and the card (`README.md`) with its plots.
 
     Raises:
-        `FileExistsError`: the output folder is in use already.
+        `FileExistsError`: The output folder is in use already.
+        `ValueError`, `OSError`: Arguments, rows or weights that do not fit; nothing has been written then.
     """
-    config = build_config(model_args)
+    _check_arguments(data_args, args)
     output, resume = _claim_output(model_args, args)
     set_seed(args.seed)
-    main = args.process_index == 0
-    say = print if main else _be_silent
-    stream = None
-    if data_args.streaming:
-        _check_streaming(args)
-        args.accelerator_config.dispatch_batches = False  # each process decodes its own pictures
-        stream, prepared = open_stream(data_args, config.has_image, config.has_text, args.seed)
-    else:
-        prepared = prepare_data(data_args, config.has_image, config.has_text)
-    train_rows = stream.head if stream else prepared.splits["train"]
-    say(f"Rows: {', '.join(f'{name} {len(split):,}' for name, split in prepared.splits.items())}")
-    say(f"  splits: {prepared.split_source}; labels: {', '.join(prepared.labels.names)}")
-    if prepared.bad_images:
-        say(f"  {len(prepared.bad_images):,} pictures cannot be read")
-    for where, reason in prepared.bad_images:
-        say(f"  picture {'left out' if data_args.bad_images == 'skip' else 'taken as absent'}: {where}: {reason}")
-
-    args.distributed_state.wait_for_everyone()  # until all have looked at the output folder, nobody writes
-    if main:  # only now: a mistake above leaves nothing behind
+    inputs = prepare_inputs(model_args, data_args, args)
+    args.distributed_state.wait_for_everyone()  # no process writes before all have looked at the output folder
+    if args.process_index == 0:
         if resume is None:
             _remove_traces(Path(args.output_dir))  # of a start that failed before its first checkpoint
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     args.distributed_state.wait_for_everyone()
-    tokenizer, tokenizer_source = None, None
-    if config.has_text:
-        with args.main_process_first(local=False, desc="tokenizer"):  # trained once for all processes and machines
-            tokenizer, tokenizer_source = _tokenizer(model_args, config, train_rows, Path(args.output_dir), resume)
-    _name_labels(config, prepared.labels)
-    missing = _settle_missing(config, {"train": train_rows, **prepared.splits}, say)
-    model = build_model(config, model_args, tokenizer)
-    if tokenizer is not None:
-        tokenizer.model_max_length = min(model_args.max_tokens, model.max_tokens)  # saved with it
-    for part, weights in (("image", config.image_weights), ("text", config.text_weights)):
-        if weights:
-            say(f"{part} backbone: {'random weights' if weights == 'scratch' else f'pretrained, {weights}'}")
-    if tokenizer is not None:
-        say(f"tokenizer: {tokenizer_source}")
-    trained = model.num_parameters(only_trainable=True)
-    say(f"parameters: {model.num_parameters():,}, of which {trained:,} train")
-
-    processor, size = None, None
-    if config.has_image:
-        processor = build_image_processor(model, model_args.image_size)
-        size = processor.size["longest_edge"]
-    collator = Collator(tokenizer, getattr(tokenizer, "model_max_length", 0), size)
-    evaluation = RowTransform(prepared.folder, processor and EvaluationImageTransform(processor))
-    training = RowTransform(prepared.folder, *_augmentations(augmentation, processor))
-    datasets = {
-        "train_dataset": stream.rows if stream else train_rows.with_transform(training),
-        "eval_dataset": prepared.splits["validation"].with_transform(evaluation),
-        "data_collator": collator,
-    }
-    if args.cache_features:
-        if resume is not None:  # Trainer loads it too, but only when training begins
-            load_model(model, Path(resume) / "model.safetensors", strict=False)
-        recipe = dataclasses.asdict(augmentation) | {"image_processor": processor and processor.to_dict()}
-        cache = FeatureCache(model, collator, args, recipe)
-        views = args.cached_views if any(dataclasses.astuple(augmentation)) else 1
-        wanted = {"train": (train_rows, training, views), "validation": (prepared.splits["validation"], evaluation, 1)}
-        cached = cache.compute(wanted, say)
-        datasets = {
-            "train_dataset": cached["train"],
-            "eval_dataset": cached["validation"],
-            "data_collator": cache.cached_collator,
-        }
-    trainer = MMClfTrainer(model=model, args=args, compute_metrics=ComputeMetrics(), **datasets)
-    trainer.criterion = _criterion(args, train_rows).to(args.device)
-    if stream:
-        seen = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json")).global_step if resume else 0
-        skipped = seen * args.gradient_accumulation_steps
-        trainer.train_collator = StreamCollator(stream, training, collator, skipped)
-    if args.early_stopping_patience and args.load_best_model_at_end:
-        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-    elif args.early_stopping_patience:
-        say("No early stopping: it needs load_best_model_at_end, which is off")
+    trainer = _trainer(inputs, augmentation, args, resume)
     trainer.train(resume_from_checkpoint=resume)
-
-    trainer.data_collator = collator  # reports are of rows as users will give them, in full precision
-    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-
-    def scored(rows: Dataset, change: Callable[[Transform], Transform]) -> np.ndarray:
-        return scores_of(trainer.predict(rows.with_transform(change(evaluation))).predictions)
-
-    reports, outcomes, speed, temperature = {}, {}, {}, None
-    for name in ("validation", "test"):
-        rows = prepared.splits.get(name)
-        if rows is None or "labels" not in rows.column_names:
-            say(f"No labelled {name} rows: nothing to report on them")
-            continue
-        result = trainer.predict(rows.with_transform(evaluation), metric_key_prefix=name)
-        logits = result.predictions
-        if name == "validation" and args.calibrate:
-            temperature = fit_temperature(logits, result.label_ids)
-            model.calibrate(temperature)
-            logits = logits / temperature
-        scores = scores_of(logits)
-        outcomes[name] = scores, result.label_ids
-        speed = {"split": name, "rows_per_second": result.metrics.get(f"{name}_samples_per_second")}
-        if name == "validation":  # test labels never choose anything
-            whole = np.arange(len(rows))
-            if config.has_image and config.has_text and (config.learned_missing or config.modality_dropout):
-                cells = zip(picture_paths(rows), rows["text"][:], strict=True)
-                lack_nothing = np.flatnonzero([None not in row for row in cells])
-                if len(lack_nothing):  # the others have thresholds of their own
-                    whole = lack_nothing
-                    _fit_missing_thresholds(config, scored, rows.select(whole), args)
-            _fit_thresholds(config, scores[whole], result.label_ids[whole], args)
-        reports[name] = report(scores, result.label_ids, config, rows)
-    if args.ablations and reports and config.has_image and config.has_text:
-        name, (_, references) = list(outcomes.items())[-1]
-        rows = prepared.splits[name]
-        reports[name]["ablations"] = ablation_figures(partial(scored, rows), rows, references, config)
-    if main:
-        record = run_record((model_args, data_args, augmentation, args), trainer, prepared)
-        record |= {"tokenizer": tokenizer_source, "missing": missing, "resumed": resume is not None}
-        record["temperature"] = temperature
-        record["recipe"] |= {"image_size": size, "max_tokens": getattr(tokenizer, "model_max_length", None)}
-        record["speed"] = {**speed, "batch_size": args.eval_batch_size, "machine": machine_name(args)}
-        with whole_folder(output, Path(args.output_dir) / "finished") as stage:
-            save_model(model, MMClfProcessor(processor, tokenizer), stage)
-            write_records(stage, config, prepared, reports, outcomes, record, args.save_predictions)
+    trainer.data_collator = inputs.preprocessing.collator  # reports read the rows as users will give them,
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # and in full precision
+    predictor = Predictor(output, inputs.model, inputs.preprocessing.processor, trainer)
+    results = _evaluate(predictor, inputs.prepared, args)
+    if args.process_index == 0:
+        record = run_record((model_args, data_args, augmentation, args), trainer, inputs, results)
+        record["resumed"] = resume is not None
+        with atomic_folder(output, Path(args.output_dir) / "finished") as stage:
+            save_model(predictor.model, predictor.processor, stage)
+            write_records(stage, inputs, results, record, args.save_predictions)
         if not args.keep_checkpoints:
             _remove_traces(Path(args.output_dir))
-        print(f"\n{report_text(reports)}\n\nThreshold: {config.threshold:.4f}, fitted on the validation rows")
+        print(f"\n{report_text(results.reports)}\n")
+        print(f"Threshold: {inputs.model.config.threshold:.4f}, fitted on the validation rows")
         print(f"Output folder: {output}\nLoad it with:")
         print(f'  import hf_mmclf; from transformers import AutoModel; model = AutoModel.from_pretrained("{output}")')
     trainer.accelerator.wait_for_everyone()
@@ -202,71 +104,164 @@ def build_trainer(
     model_space: Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> MMClfTrainer:
     """
-    A trainer for `hyperparameter_search`: rows and settings are those of [`train`], each trial has a new model.
+    Build a trainer for `hyperparameter_search`: rows and settings are those of [`train`], each trial has a new model.
 
-    It fits no thresholds and writes no finished folder; a tokenizer that is trained goes to `output_dir`.
+    It fits no thresholds and writes no output folder.
 
     Args:
         model_args, data_args, augmentation, args: As for [`train`].
         model_space (`Callable`, *optional*):
-            Draws model arguments for a trial, such as `{"dropout": trial.suggest_float("dropout", 0, 0.5)}`, but no
-            backbones, since pictures and captions are made ready for one; training arguments are drawn by the
-            `hp_space` of the search.
+            Draws model arguments for a trial, such as `{"dropout": trial.suggest_float("dropout", 0, 0.5)}`. It
+            cannot draw backbones, since images and texts are prepared for one. The `hp_space` of the search draws
+            training arguments.
+
+    Returns:
+        [`MMClfTrainer`]: With a `model_init`.
 
     Raises:
-        `ValueError`: `streaming` or `cache_features`, which hold for one run only.
+        `ValueError`: `streaming` or `cache_features` is set, which serve one run only.
     """
     if data_args.streaming or args.cache_features:
         raise ValueError("a search trains more than once on the same rows: leave out streaming and cache_features")
-    config = build_config(model_args)
-    prepared = prepare_data(data_args, config.has_image, config.has_text)
-    rows = prepared.splits["train"]
-    tokenizer = None
-    if config.has_text:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        tokenizer, _ = _tokenizer(model_args, config, rows, Path(args.output_dir), None)
+    inputs = prepare_inputs(model_args, data_args, args)
+    tokenizer = inputs.preprocessing.processor.tokenizer
 
     def model_init(trial: Any = None) -> MMClfForImageTextClassification:
         drawn = model_space(trial) if model_space and trial else {}
         config = build_config(dataclasses.replace(model_args, **drawn))
-        _name_labels(config, prepared.labels)
-        _settle_missing(config, prepared.splits, _be_silent)
+        settle_labels(config, inputs.prepared, inputs.prepared.splits)
         return build_model(config, model_args, tokenizer)
 
-    model = model_init()  # for what pictures and captions have to be like
-    if tokenizer is not None:
-        tokenizer.model_max_length = min(model_args.max_tokens, model.max_tokens)
-    processor = build_image_processor(model, model_args.image_size) if config.has_image else None
-    trainer = MMClfTrainer(
-        model_init=model_init,
-        args=args,
-        compute_metrics=ComputeMetrics(),
-        train_dataset=rows.with_transform(RowTransform(prepared.folder, *_augmentations(augmentation, processor))),
-        eval_dataset=prepared.splits["validation"].with_transform(
-            RowTransform(prepared.folder, processor and EvaluationImageTransform(processor))
-        ),
-        data_collator=Collator(
-            tokenizer, getattr(tokenizer, "model_max_length", 0), processor and processor.size["longest_edge"]
-        ),
-    )
-    trainer.criterion = _criterion(args, rows).to(args.device)
+    return MMClfTrainer(model_init=model_init, **_trainer_options(inputs, augmentation, args))
+
+
+def _trainer_options(
+    inputs: TrainingInputs, augmentation: AugmentationArguments, args: MMClfTrainingArguments
+) -> dict[str, Any]:
+    """Return the arguments of a trainer that reads its rows from the files."""
+    preprocessing, rows = inputs.preprocessing, inputs.train_rows
+    return {
+        "args": args,
+        "compute_metrics": ComputeMetrics(),
+        "criterion": _criterion(args, rows),
+        "train_dataset": rows.with_transform(preprocessing.training(augmentation)),
+        "eval_dataset": preprocessing.dataset(inputs.prepared.splits["validation"]),
+        "data_collator": preprocessing.collator,
+    }
+
+
+def _trainer(
+    inputs: TrainingInputs, augmentation: AugmentationArguments, args: MMClfTrainingArguments, resume: str | None
+) -> MMClfTrainer:
+    """Build the trainer of a run: from files, from a stream or from cached features."""
+    options = _trainer_options(inputs, augmentation, args)
+    training = inputs.preprocessing.training(augmentation)
+    if inputs.stream:
+        state = resume and TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
+        skipped = state.global_step * args.gradient_accumulation_steps if state else 0
+        options["train_dataset"] = inputs.stream.rows
+        options["train_data_collator"] = StreamCollator(
+            inputs.stream, training, inputs.preprocessing.collator, skipped
+        )
+    if args.cache_features:
+        if resume is not None:  # Trainer loads the weights too, but only when training begins
+            load_model(inputs.model, Path(resume) / "model.safetensors", strict=False)
+        image_processor = inputs.preprocessing.processor.image_processor
+        recipe = dataclasses.asdict(augmentation) | {"image_processor": image_processor and image_processor.to_dict()}
+        cache = FeatureCache(inputs.model, inputs.preprocessing.collator, args, recipe)
+        views = args.cached_views if any(dataclasses.astuple(augmentation)) else 1
+        validation = inputs.prepared.splits["validation"], inputs.preprocessing.evaluation, 1
+        cached = cache.compute({"train": (inputs.train_rows, training, views), "validation": validation}, logger.info)
+        options |= {"train_dataset": cached["train"], "eval_dataset": cached["validation"]}
+        options["data_collator"] = cache.cached_collator
+    trainer = MMClfTrainer(model=inputs.model, **options)
+    if args.early_stopping_patience and args.load_best_model_at_end:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+    elif args.early_stopping_patience:
+        logger.warning("No early stopping: it needs load_best_model_at_end, which is off")
     return trainer
 
 
-def _check_streaming(args: MMClfTrainingArguments) -> None:
-    """Nobody knows how many rows a stream has."""
+def _evaluate(predictor: Predictor, prepared: PreparedData, args: MMClfTrainingArguments) -> Results:
+    """Fit calibration and thresholds on the validation rows, then report on each split that has labels."""
+    config = predictor.model.config
+    reports, outcomes, speed, temperature = {}, {}, {}, None
+    for name in ("validation", "test"):
+        rows = prepared.splits.get(name)
+        if rows is None or "labels" not in rows.column_names:
+            logger.info(f"No labelled {name} rows: nothing to report on them")
+            continue
+        output, references = predictor.predict(rows, prepared.folder), references_of(rows)
+        logits = output.predictions
+        if name == "validation" and args.calibrate:
+            temperature = fit_temperature(logits, references)
+            predictor.model.calibrate(temperature)
+            logits = logits / temperature
+        scores = scores_of(logits)
+        if name == "validation":  # test labels never choose anything
+            _fit_thresholds(predictor, rows, scores, prepared.folder, args)
+        outcomes[name] = scores, references
+        reports[name] = predictor.report(rows, scores)
+        rate = next((value for key, value in output.metrics.items() if key.endswith("samples_per_second")), None)
+        speed = {"split": name, "rows_per_second": rate, "batch_size": args.eval_batch_size}
+    if args.ablations and reports and config.has_image and config.has_text:
+        name, (_, references) = list(outcomes.items())[-1]
+        rows = prepared.splits[name]
+        ablated = predictor.ablated_scores(rows, prepared.folder)
+        reports[name]["ablations"] = ablation_figures(ablated, references, config, *presence(rows))
+    return Results(reports, outcomes, speed, temperature)
+
+
+def _fit_thresholds(
+    predictor: Predictor, rows: Dataset, scores: np.ndarray, folder: Path, args: MMClfTrainingArguments
+) -> None:
+    """
+    Fit the thresholds of the configuration.
+
+    A model that has learned to do without a modality gets thresholds for such rows: they are fitted on the rows that
+    have both, without one of them.
+    """
+    config, references = predictor.model.config, references_of(rows)
+    aim = dict(beta=args.threshold_beta, precision=args.threshold_precision)
+    objective = args.threshold_objective
+    if config.has_image and config.has_text and (config.learned_missing or config.modality_dropout):
+        both = np.flatnonzero(np.logical_and(*presence(rows)))
+        if len(both):  # the other rows have thresholds of their own
+            rows, scores, references = rows.select(both), scores[both], references[both]
+            config.missing_thresholds = {}
+            for column in REMOVED.values():
+                found = scores_of(predictor.predict(rows, folder, replaced=(column, None)).predictions)
+                config.missing_thresholds[column] = best_threshold(found, references, objective or "micro", **aim)
+    config.threshold = best_threshold(scores, references, objective or "micro", **aim)
+    config.label_thresholds = None
+    if args.label_thresholds:
+        shrinkage = None if args.threshold_shrinkage == -1 else args.threshold_shrinkage
+        fitted = label_thresholds(scores, references, shrinkage, objective or "macro", **aim)
+        config.label_thresholds = dict(zip(config.label_names, fitted.tolist(), strict=True))
+
+
+def _criterion(args: MMClfTrainingArguments, rows: Dataset) -> MultiLabelLoss:
+    """Return the loss that the arguments name, with the label frequencies of the training rows where it needs them."""
+    positives, count = None, None
+    if args.counts_labels:
+        labels = torch.from_numpy(references_of(rows))
+        positives, count = (labels == 1).sum(0), len(rows)
+    weights = dict(power=args.positive_weight_power, cap=args.positive_weight_cap)
+    return MultiLabelLoss(args.loss, positives, count, smoothing=args.label_smoothing_factor, **weights)
+
+
+def _check_arguments(data_args: DataArguments, args: MMClfTrainingArguments) -> None:
+    """Check what the classes of arguments cannot check alone: a stream has no known number of rows."""
+    if not data_args.streaming:
+        return
     if args.max_steps <= 0:
         raise ValueError("--streaming has no epochs; give --max_steps")
     if "epoch" in (args.eval_strategy, args.save_strategy):
         raise ValueError("--streaming has no epochs; give --eval_strategy steps and --save_strategy steps")
-    if _counts_labels(args):
+    if args.counts_labels:
         raise ValueError("--streaming never sees all labels: no --positive_weight_power, no distribution_balanced")
     if args.cache_features:
         raise ValueError("--cache_features keeps something of each row on the disk, which --streaming avoids; choose")
-
-
-def _be_silent(*_: Any) -> None:
-    pass
 
 
 def _claim_output(model_args: ModelArguments, args: MMClfTrainingArguments) -> tuple[Path, str | None]:
@@ -309,101 +304,8 @@ def _is_used(output: Path) -> bool:
 
 def _remove_traces(checkpoints: Path) -> None:
     """Removes what a run leaves in its folder of checkpoints, but not what others put there (logs, say)."""
-    for pattern in ("checkpoint-*", "tokenizer*", "finished"):
+    for pattern in ("checkpoint-*", "finished"):
         for path in checkpoints.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if checkpoints.is_dir() and not any(checkpoints.iterdir()):
         checkpoints.rmdir()
-
-
-def _tokenizer(
-    args: ModelArguments, config: MMClfConfig, rows: Dataset, folder: Path, resume: str | None
-) -> tuple[PreTrainedTokenizerBase, str]:
-    if args.tokenizer == "train" and not args.from_scratch:
-        raise ValueError(
-            "--tokenizer train gives every word piece a new number, which pretrained text weights do not know; add "
-            "--from_scratch, or leave --tokenizer out for the backbone's own"
-        )
-    source = args.tokenizer or ("train" if args.from_scratch else args.text_backbone or config.text_backbone)
-    saved, note = folder / "tokenizer", folder / "tokenizer.txt"
-    if source == "train" and note.exists():  # by the main process, or by the run that is resumed
-        return load_tokenizer(str(saved))[0], note.read_text(encoding="utf-8")
-    # the backbone's own: what kind it is the configuration knows, even where the repository does not say
-    own = config.text_config if source in (args.text_backbone, config.text_backbone) else None
-    tokenizer, description = load_tokenizer(source, filter(None, rows["text"][:]), args.vocab_size, own)
-    if source == "train":
-        tokenizer.save_pretrained(saved)
-        note.write_text(description, encoding="utf-8")
-    return tokenizer, description
-
-
-def _name_labels(config: MMClfConfig, labels: LabelSet) -> None:
-    config.id2label = dict(enumerate(labels.names))
-    config.label2id = {name: i for i, name in config.id2label.items()}
-    config.label_ids = list(labels.ids)
-
-
-def _settle_missing(config: MMClfConfig, splits: Mapping[str, Dataset], say: Any) -> dict[str, dict[str, int]]:
-    """Says how many rows lack a picture or caption, and lets the model learn stand-ins if training rows do."""
-    missing = {}
-    for name, split in splits.items() if config.has_image and config.has_text else ():
-        cells = {"picture": picture_paths(split), "caption": split["text"][:]}
-        counts = missing[name] = {kind: sum(cell is None for cell in column) for kind, column in cells.items()}
-        if any(counts.values()):
-            say(f"  {name}: {counts['picture']:,} rows without a picture, {counts['caption']:,} without a caption")
-            if name == "train" and not config.learned_missing:
-                config.learned_missing = True
-                say("  learned vectors stand in for them (learned_missing)")
-    return missing
-
-
-def _augmentations(args: AugmentationArguments, processor: MMClfImageProcessor | None) -> tuple[Any, Any]:
-    image = processor and ImageAugmentation.from_processor(
-        processor,
-        crop_scale=args.crop_scale,
-        flip=args.flip,
-        vertical_flip=args.vertical_flip,
-        rotation=args.rotation,
-        color_jitter=args.color_jitter,
-    )
-    changes_words = args.swap_words or args.drop_words
-    return image, TextAugmentation(args.swap_words, args.drop_words) if changes_words else None
-
-
-def _counts_labels(args: MMClfTrainingArguments) -> bool:
-    return args.positive_weight_power > 0 or args.loss == "distribution_balanced"
-
-
-def _criterion(args: MMClfTrainingArguments, rows: Dataset) -> MultiLabelLoss:
-    """The loss that the arguments name, with the label frequencies of the training rows."""
-    positives, count = None, None
-    if _counts_labels(args):
-        labels = torch.from_numpy(rows.with_format("numpy")["labels"][:])
-        positives, count = (labels == 1).sum(0), len(rows)
-    weights = dict(power=args.positive_weight_power, cap=args.positive_weight_cap)
-    return MultiLabelLoss(args.loss, positives, count, smoothing=args.label_smoothing_factor, **weights)
-
-
-def _fit_thresholds(config: MMClfConfig, scores: Any, references: Any, args: MMClfTrainingArguments) -> None:
-    aim = dict(beta=args.threshold_beta, precision=args.threshold_precision)
-    config.threshold = best_threshold(scores, references, args.threshold_objective or "micro", **aim)
-    config.label_thresholds = None
-    if args.label_thresholds:
-        shrinkage = None if args.threshold_shrinkage == -1 else args.threshold_shrinkage
-        fitted = label_thresholds(scores, references, shrinkage, args.threshold_objective or "macro", **aim)
-        config.label_thresholds = {name: float(t) for name, t in zip(config.id2label.values(), fitted, strict=True)}
-
-
-def _fit_missing_thresholds(
-    config: MMClfConfig,
-    score: Callable[[Dataset, Callable[[Transform], Transform]], np.ndarray],
-    rows: Dataset,
-    args: MMClfTrainingArguments,
-) -> None:
-    """Of rows that lack a picture or a caption: fitted on validation rows that have both, less the one."""
-    config.missing_thresholds = {}
-    aim = dict(beta=args.threshold_beta, precision=args.threshold_precision)
-    for name, absent in ABSENT.items():
-        scores, references = score(rows, ablations(rows)[name]), references_of(rows)
-        fitted = best_threshold(scores, references, args.threshold_objective or "micro", **aim)
-        config.missing_thresholds[absent] = fitted

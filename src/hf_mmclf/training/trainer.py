@@ -1,33 +1,49 @@
-"""`Trainer` as this package trains: by a criterion, with learning rates by part."""
+"""`Trainer` with a criterion, learning rates by part and a collator of its own for training rows."""
 
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from datasets import IterableDataset
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from .arguments import MMClfTrainingArguments
 from .losses import MultiLabelLoss
 
+BACKBONES = ("image_model", "text_model")
+
 
 class MMClfTrainer(Trainer):
-    """`Trainer` with learning rates by part and no weight decay on one-dimensional parameters.
+    """
+    `Trainer` with a criterion and learning rates by part, and without weight decay on one-dimensional parameters.
 
-    `criterion` is the loss of logits and labels, a mean over the batch. `train_collator` makes batches of training
-    rows where these are another kind than those to evaluate on.
+    Args:
+        args, kwargs:
+            The arguments of `Trainer`; all of them are honoured.
+        criterion (`nn.Module`, *optional*):
+            Computes the loss, a mean over the batch, from logits and labels. Defaults to binary cross-entropy.
+            A `compute_loss_func` wins over it.
+        train_data_collator (`Callable`, *optional*):
+            Makes batches of training rows where these differ from the rows to evaluate. Defaults to `data_collator`.
     """
 
     args: MMClfTrainingArguments
-    criterion: nn.Module = MultiLabelLoss()
-    train_collator: Callable | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        with warnings.catch_warnings():  # it would be Trainer's own loss that cannot smooth; the criterion can
+    def __init__(
+        self,
+        *args: Any,
+        criterion: nn.Module | None = None,
+        train_data_collator: Callable | None = None,
+        **kwargs: Any,
+    ):
+        with warnings.catch_warnings():
+            # Trainer warns about its own loss, which cannot smooth labels; the criterion can.
             warnings.filterwarnings("ignore", "Label smoothing is not compatible with multi-label")
             super().__init__(*args, **kwargs)
+        self.criterion = (MultiLabelLoss() if criterion is None else criterion).to(self.args.device)
+        self.train_data_collator = train_data_collator
 
     def compute_loss(
         self,
@@ -36,46 +52,40 @@ class MMClfTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """The `criterion` of the model's logits, in place of the model's own loss."""
+        """Compute the `criterion` of the model's logits, in place of the model's own loss."""
+        if self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         loss = self.criterion(outputs["logits"], inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer that the arguments name, over [`parameter_groups`]."""
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(parameter_groups(model, self.args), **options)
-        return self.optimizer
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of all parameters with several dimensions. Name patterns miss norms such as `norm5`."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
-    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """Leaves out a last batch of a single row where BatchNorm could not work on it; evaluation keeps all rows."""
-        given = self.args.dataloader_drop_last, self.data_collator
-        if not isinstance(self.train_dataset, IterableDataset):  # which has no last batch
-            lonely = len(self.train_dataset) % self.args.train_batch_size == 1 < len(self.train_dataset)
-            if lonely and any(isinstance(module, nn.BatchNorm1d) for module in self.model.modules()):
-                self.args.dataloader_drop_last = True
-        self.data_collator = self.train_collator or self.data_collator
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer of `Trainer`, then give the parameters of the backbones their own learning rate."""
+        if self.optimizer is not None or self.args.backbone_learning_rate is None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        model = self.model if model is None else model
+        parts = [getattr(self.accelerator.unwrap_model(model), name, None) for name in BACKBONES]
+        in_backbone = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+        for group in list(optimizer.param_groups):
+            backbone = [parameter for parameter in group["params"] if id(parameter) in in_backbone]
+            rest = [parameter for parameter in group["params"] if id(parameter) not in in_backbone]
+            if not rest:
+                group["lr"] = self.args.backbone_learning_rate
+            elif backbone:
+                group["params"] = rest
+                optimizer.add_param_group({**group, "params": backbone, "lr": self.args.backbone_learning_rate})
+        return optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Create the loader of training rows, with `train_data_collator` where there is one."""
+        collator = self.data_collator
+        self.data_collator = self.train_data_collator or collator
         try:
             return super().get_train_dataloader()
         finally:
-            self.args.dataloader_drop_last, self.data_collator = given
-
-
-def parameter_groups(model: nn.Module, args: MMClfTrainingArguments) -> list[dict[str, Any]]:
-    """
-    Trained parameters by learning rate and weight decay.
-
-    Decay by dimension, not by name: names miss normalisation layers such as DenseNet's `norm5`.
-    """
-    backbone_rate = args.learning_rate if args.backbone_learning_rate is None else args.backbone_learning_rate
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        in_backbone = name.removeprefix("module.").startswith(("image_model.", "text_model."))
-        rate = backbone_rate if in_backbone else args.learning_rate
-        decay = args.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+            self.data_collator = collator
