@@ -36,7 +36,7 @@ class Attention(nn.Module):
         return attended.transpose(1, 2).flatten(2)  # (B, Nq, width)
 
 
-class ScaleNorm(nn.Module):
+class PreScaledLayerNorm(nn.Module):
     """Tokens times a learned vector, then LayerNorm."""
 
     def __init__(self, width: int):
@@ -48,7 +48,7 @@ class ScaleNorm(nn.Module):
         return self.norm(tokens * self.scale)
 
 
-class StandIn(nn.Module):
+class MissingModality(nn.Module):
     """One token, learned or zero, for rows without any: (B, N, D), (B, N) -> the same.
 
     Args:
@@ -92,8 +92,8 @@ class Fusion(nn.Module):
         }.get(self.kind)
         self.image_attention = Attention(*widths, image_width) if widths else None
         self.text_attention = Attention(text_width, text_width, text_width) if self.kind == "self" else None
-        self.image_norm = ScaleNorm(image_width) if config.fusion_norm else None
-        self.text_norm = ScaleNorm(text_width) if config.fusion_norm else None
+        self.image_norm = PreScaledLayerNorm(image_width) if config.fusion_norm else None
+        self.text_norm = PreScaledLayerNorm(text_width) if config.fusion_norm else None
 
     def forward(
         self, image: torch.Tensor, image_mask: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor

@@ -3,7 +3,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from hf_mmclf.model.tokens_mmclf import finer_stages, image_tokens, image_width
+from hf_mmclf.model.backbones_mmclf import finer_stages, image_tokens, image_width
 
 # of each: arguments, and the sub-modules whose outputs are the last maps of the finer resolutions
 SMALL = {
