@@ -17,10 +17,11 @@ from ..evaluation.thresholds import check_objective
 from ..model.configuration_mmclf import MMClfConfig
 from .losses import MultiLabelLoss
 
-ARCHITECTURE = (
+_NAMES = (
     *("fusion", "fusion_layers", "fusion_heads", "fusion_norm", "projection_norm", "image_tokens", "width", "dropout"),
     *("unfrozen_image_stages", "unfrozen_text_layers", "learned_missing", "modality_dropout"),
 )
+ARCHITECTURE = [field for field in dataclasses.fields(MMClfConfig) if field.name in _NAMES]  # options that are flags
 
 
 def _flag(field: dataclasses.Field) -> tuple[str, Any, dataclasses.Field]:
@@ -32,7 +33,7 @@ def _flag(field: dataclasses.Field) -> tuple[str, Any, dataclasses.Field]:
 
 ArchitectureArguments = dataclasses.make_dataclass(
     "ArchitectureArguments",
-    [_flag(field) for field in dataclasses.fields(MMClfConfig) if field.name in ARCHITECTURE],
+    map(_flag, ARCHITECTURE),
     namespace={"__doc__": MMClfConfig.__doc__},  # which documents the fields
 )
 
