@@ -1,5 +1,9 @@
-"""The configuration: every architectural choice, what is frozen, and the thresholds that turn scores into labels."""
+"""The model's configuration: architecture, frozen parts, labels and decision thresholds.
 
+This file is pushed to the Hub as code: it imports only third-party packages and its neighbours.
+"""
+
+from dataclasses import field
 from typing import Any, Literal
 
 import numpy as np
@@ -8,64 +12,81 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
+def option(default: Any) -> Any:
+    """Return a configuration field that is a command-line flag too; its help is its entry in the docstring below."""
+    return field(default=default, metadata={"flag": True})
+
+
 @strict
 class MMClfConfig(PreTrainedConfig):
     r"""
-    Configuration of [`MMClfForImageTextClassification`]. Either backbone may be absent; at least one must be there.
+    Configuration of [`MMClfForImageTextClassification`]. At least one of the two backbones must be given.
 
     Args:
         image_backbone (`str`, *optional*):
-            Name of a timm architecture, with the tag of its weights where it matters (`"densenet121.tv_in1k"`).
-            `None` means a model without pictures.
+            Name of a timm architecture, with the tag of its weights if that matters (`"densenet121.tv_in1k"`).
+            `None` means a model without images.
         image_backbone_args (`dict`, *optional*):
-            Further arguments of `timm.create_model`, such as `{"growth_rate": 12}`.
+            Other arguments of `timm.create_model`, such as `{"growth_rate": 12}`.
         image_weights (`str`, *optional*):
-            What the image backbone started from, for the record: `"scratch"`, a Hub name or a file's name.
+            Initial weights of the image backbone, as a record: `"scratch"`, a Hub name or a file name.
         text_backbone (`str`, *optional*):
             Hub name of the pretrained text encoder that fits `text_config`.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of any transformers encoder. `None` means a model without captions.
+            Configuration of a transformers encoder. `None` means a model without texts.
         text_weights (`str`, *optional*):
-            What the text backbone started from, for the record.
+            Initial weights of the text backbone, as a record.
         text_pooling (`str`, *optional*, defaults to `"pooler"`):
-            Only for models without pictures: `"pooler"` (the encoder's own, BERT's first token) or `"mean"` (masked).
+            Pooling of a model without images: `"pooler"` (the encoder's pooler) or `"mean"` (mean of the tokens).
         fusion (`str`, *optional*, defaults to `"self"`):
-            How the two modalities meet. `"self"`: each attends to itself; `"cross_text"`: text queries over image
-            tokens; `"cross_image"`: image queries over text tokens; `"concat"`: no attention. `"label_queries"`: one
-            learned query for each label attends to the tokens of both and to what the text finds in the picture, or
-            to the tokens of the one modality that there is.
-        fusion_layers, fusion_heads (`int`, *optional*, default to 1 and 4):
-            Only for `"label_queries"`: decoder layers, and heads of all its attention.
+            Fusion of image and text. self: each attends to itself; cross_text: text tokens attend to the image;
+            cross_image: image tokens attend to the text; concat: no attention; label_queries: one learned query for
+            each label attends to all tokens.
+        fusion_layers (`int`, *optional*, defaults to 1):
+            Number of decoder layers of label_queries.
+        fusion_heads (`int`, *optional*, defaults to 4):
+            Number of attention heads of label_queries; must divide the width.
         fusion_norm (`bool`, *optional*, defaults to `False`):
-            Whether attended tokens are scaled by a learned vector and layer-normalised before their mean.
-        image_tokens (`str`, *optional*, defaults to `"pooled"`):
-            `"pooled"`: the pooled vector is the only token; `"spatial"`: each cell of the last feature map is one;
-            `"stages"`: each of these cells with what the last map of every finer resolution has there.
-        width (`int`, *optional*, defaults to 512):
-            Size to which each modality is projected before the classifier.
+            Scale tokens by a learned vector and apply LayerNorm after attention.
         projection_norm (`bool`, *optional*, defaults to `False`):
-            Whether BatchNorm, ReLU and dropout follow each projection.
+            Apply BatchNorm, ReLU and dropout after the projection of each modality.
+        image_tokens (`str`, *optional*, defaults to `"pooled"`):
+            Image tokens for the fusion. pooled: one pooled vector; spatial: the cells of the last feature map;
+            stages: the same cells with the features of all finer stages (hypercolumns).
+        width (`int`, *optional*, defaults to 512):
+            Size of the vector to which each modality is projected before the classifier.
         dropout (`float`, *optional*, defaults to 0.0):
-            Dropout probability: after ReLU with `projection_norm`, else right before the classifier.
+            Dropout probability: in the projections if they have a norm, otherwise before the classifier.
         learned_missing (`bool`, *optional*, defaults to `False`):
-            Whether a learned vector stands in for an absent picture or caption. Without it a zero vector does.
+            Represent a missing image or text by a learned vector instead of zeros. Training turns this on if a
+            training row lacks one of them.
         modality_dropout (`float`, *optional*, defaults to 0.0):
-            Probability that a training row loses its picture or its caption, so that the model learns to do without;
-            learned vectors stand in for them.
+            Probability that a training row loses its image or its text. Learned vectors then represent them.
         unfrozen_image_stages (`int`, *optional*):
-            Train only the last n stages of the image backbone. 0 freezes it; `None` trains all of it.
+            Train only the last n stages of the image backbone. 0 freezes all of it, `None` trains all of it.
         unfrozen_text_layers (`int`, *optional*):
-            Train only the last n layers of the text backbone. 0 freezes it; `None` trains all of it.
+            Train only the last n layers of the text backbone. 0 freezes all of it, `None` trains all of it.
         threshold (`float`, *optional*, defaults to 0.5):
-            A label is predicted when its score (sigmoid of its logit) is at least this.
+            A label is predicted if its score (the sigmoid of its logit) is at least this.
         label_thresholds (`dict[str, float]`, *optional*):
-            Thresholds by label name that win over `threshold`.
+            Thresholds by label name, which take precedence over `threshold`.
         missing_thresholds (`dict[str, float]`, *optional*):
-            One threshold for all labels of a row without a picture (key `"image"`), one without a caption (`"text"`),
-            in models that read both.
-            Who sees less is less sure, and the threshold of the best F1 is half that F1 (Lipton et al. 2014).
+            Thresholds of models with both backbones for rows without an image (key `"image"`) or without a text (key
+            `"text"`). Scores are lower without a modality, and so is the F1-optimal threshold, which is half the best
+            F1 (Lipton et al. 2014, "Optimal Thresholding of Classifiers to Maximize F1 Measure").
         label_ids (`list[str]`, *optional*):
-            How the labels are written in the data, where that differs from their names in `id2label`.
+            The labels as written in the data, if that differs from their names in `id2label`.
+
+    Example:
+
+        >>> from hf_mmclf import MMClfConfig
+
+        >>> labels = {0: "cat", 1: "dog"}
+        >>> config = MMClfConfig(image_backbone="resnet18", id2label=labels, label_thresholds={"dog": 0.3})
+        >>> config.thresholds
+        [0.5, 0.3]
+        >>> config.decide([0.5, 0.2]).tolist()
+        [True, False]
     """
 
     model_type = "mmclf"
@@ -78,18 +99,18 @@ class MMClfConfig(PreTrainedConfig):
     text_config: PreTrainedConfig | dict | None = None
     text_weights: str | None = None
     text_pooling: Literal["pooler", "mean"] = "pooler"
-    fusion: Literal["self", "cross_text", "cross_image", "concat", "label_queries"] = "self"
-    fusion_norm: bool = False
-    fusion_layers: int = 1
-    fusion_heads: int = 4
-    image_tokens: Literal["pooled", "spatial", "stages"] = "pooled"
-    width: int = 512
-    projection_norm: bool = False
-    dropout: float | int = 0.0
-    learned_missing: bool = False
-    modality_dropout: float | int = 0.0
-    unfrozen_image_stages: int | None = None
-    unfrozen_text_layers: int | None = None
+    fusion: Literal["self", "cross_text", "cross_image", "concat", "label_queries"] = option("self")
+    fusion_layers: int = option(1)
+    fusion_heads: int = option(4)
+    fusion_norm: bool = option(False)
+    projection_norm: bool = option(False)
+    image_tokens: Literal["pooled", "spatial", "stages"] = option("pooled")
+    width: int = option(512)
+    dropout: float | int = option(0.0)
+    learned_missing: bool = option(False)
+    modality_dropout: float | int = option(0.0)
+    unfrozen_image_stages: int | None = option(None)
+    unfrozen_text_layers: int | None = option(None)
     threshold: float | int = 0.5
     label_thresholds: dict[str, float | int] | None = None
     missing_thresholds: dict[str, float | int] | None = None
@@ -98,14 +119,14 @@ class MMClfConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.label2id = {name: i for i, name in self.id2label.items()}  # one truth, whatever was given
+        self.label2id = {name: i for i, name in self.id2label.items()}  # derived, whatever was given
 
     def validate_numbers(self):
-        """Raises `ValueError` for numbers out of range."""
+        """Raise `ValueError` if a number of the architecture is out of range."""
         for name in ("unfrozen_image_stages", "unfrozen_text_layers"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise ValueError(f"{name} is {value}; expected None (train all), 0 (train none) or more")
+                raise ValueError(f"{name} is {value}; expected None (train all), 0 (freeze all) or more")
         for name in ("width", "fusion_layers", "fusion_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -116,17 +137,20 @@ class MMClfConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a probability in [0, 1)")
 
     def validate_labels(self):
-        """Raises `ValueError` for labels misnumbered or named twice, and thresholds out of range or of none."""
+        """
+        Raise `ValueError` if `id2label` has gaps or duplicate names, or a threshold is out of range or for an unknown
+        label.
+        """
         names = list(self.id2label.values())
         if sorted(self.id2label) != list(range(len(names))):
             raise ValueError(f"id2label has the keys {sorted(self.id2label)}; expected 0 to {len(names) - 1}")
         if len(set(names)) != len(names):
-            raise ValueError(f"id2label gives two labels one name: {names}")
+            raise ValueError(f"id2label has duplicate names: {names}")
         if self.label_ids is not None and len(self.label_ids) != len(names):
             raise ValueError(f"label_ids has {len(self.label_ids)} entries; expected {len(names)}, one for each label")
         unknown = [name for name in self.label_thresholds or {} if name not in names]
         if unknown:
-            raise ValueError(f"label_thresholds names unknown labels {unknown}; expected some of {names}")
+            raise ValueError(f"label_thresholds has unknown labels {unknown}; expected some of {names}")
         if unknown := sorted(set(self.missing_thresholds or {}) - {"image", "text"}):
             raise ValueError(f"missing_thresholds has the keys {unknown}; expected image and text, or one of them")
         values = [("threshold", self.threshold), *(self.label_thresholds or {}).items()]
@@ -136,12 +160,12 @@ class MMClfConfig(PreTrainedConfig):
 
     @property
     def has_image(self) -> bool:
-        """`bool`: Whether the model looks at pictures."""
+        """`bool`: Whether the model has an image backbone."""
         return self.image_backbone is not None
 
     @property
     def has_text(self) -> bool:
-        """`bool`: Whether the model reads captions."""
+        """`bool`: Whether the model has a text backbone."""
         return self.text_config is not None
 
     @property
