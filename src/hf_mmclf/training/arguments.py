@@ -17,11 +17,7 @@ from ..evaluation.thresholds import check_objective
 from ..model.configuration_mmclf import MMClfConfig
 from .losses import MultiLabelLoss
 
-_NAMES = (
-    *("fusion", "fusion_layers", "fusion_heads", "fusion_norm", "projection_norm", "image_tokens", "width", "dropout"),
-    *("unfrozen_image_stages", "unfrozen_text_layers", "learned_missing", "modality_dropout"),
-)
-ARCHITECTURE = [field for field in dataclasses.fields(MMClfConfig) if field.name in _NAMES]  # options that are flags
+ARCHITECTURE = [field for field in dataclasses.fields(MMClfConfig) if field.metadata.get("flag")]
 
 
 def _flag(field: dataclasses.Field) -> tuple[str, Any, dataclasses.Field]:
