@@ -214,7 +214,7 @@ def test_training_json_says_how_it_was_trained(finished):
     assert said["megabytes"] == (finished / "model.safetensors").stat().st_size / 2**20
     assert (said["data"], said["datasets"], said["license"]) == (["table.csv"], [], "unknown")
     assert said["rows"] == {"train": 48, "validation": 6, "test": 6}
-    assert said["missing"]["train"] == {"picture": 0, "caption": 0}
+    assert said["missing"]["train"] == {"image": 0, "text": 0}
     recipe, history = said["recipe"], said["history"]
     assert recipe["batch_size"] == 8 and recipe["learning_rate"] == 2e-3 and recipe["precision"] == "fp32"
     assert (recipe["optimizer"], recipe["schedule"]) == ("adamw_torch_fused", "cosine")

@@ -377,8 +377,8 @@ def _missing(config: MMClfConfig, training: Mapping[str, Any], ablated: bool) ->
         )
     known = "What that gives is in the table above." if ablated else "Figures of such rows alone were not measured."
     return (
-        f"{counts['picture']:,} of the {f'{total:,} training rows' if total else 'first rows'} had no picture, "
-        f"{counts['caption']:,} no caption; a {'learned' if config.learned_missing else 'zero'} vector stands in. "
+        f"{counts['image']:,} of the {f'{total:,} training rows' if total else 'first rows'} had no picture, "
+        f"{counts['text']:,} no caption; a {'learned' if config.learned_missing else 'zero'} vector stands in. "
         + known
     )
 

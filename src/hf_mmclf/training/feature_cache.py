@@ -1,8 +1,8 @@
-"""What the frozen parts of a model make of the rows, computed once and kept on disk.
+"""Features of frozen backbones, computed once and kept on disk.
 
-Each row has one state a backbone and view: all tokens where the backbone is frozen whole, else the activations at the
-cut. Rows are cached in shards, each an Arrow file that `datasets` writes under a fingerprint of weights, transform and
-data: a change of any of them is another file, and a run that is killed goes on after the last whole shard.
+The rows are cached in shards. A shard is one Arrow file whose name is a fingerprint of the weights, the preprocessing
+and the rows, so that a change of any of them needs another file. An interrupted run continues after its last complete
+shard.
 """
 
 import dataclasses
@@ -11,125 +11,145 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
-from operator import attrgetter
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets
-from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import Dataset, concatenate_datasets
 from huggingface_hub.constants import HF_HOME
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..data.collator import Collator, EvaluationImageTransform, RowTransform
 from ..data.prepare import picture_paths
+from ..model.configuration_mmclf import MMClfConfig
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from .arguments import MMClfTrainingArguments
 
+logger = logging.get_logger(__name__)
 SHARD = 2_000  # rows
 ABOUT = "about.json"
 PACKAGES = ("hf_mmclf", "torch", "torchcodec", "torchvision", "timm", "transformers", "pillow")
 
+# Fields of the configuration that do not change the features: the parts after the backbones, labels and thresholds.
+AFTER_BACKBONES = (
+    *("fusion", "fusion_layers", "fusion_heads", "fusion_norm", "width", "projection_norm", "dropout"),
+    *("learned_missing", "modality_dropout"),
+    *("threshold", "label_thresholds", "missing_thresholds", "label_ids", "id2label", "label2id"),
+    *("image_weights", "text_weights", "transformers_version"),
+)
+
 
 def default_folder() -> Path:
-    """Where features go unless told otherwise: beside the other caches, which the variable HF_HOME moves."""
+    """Return the default folder of the caches: `hf_mmclf/features` in `HF_HOME`."""
     return Path(HF_HOME) / "hf_mmclf" / "features"
 
 
 @dataclasses.dataclass
 class CachedRows(torch.utils.data.Dataset):
     """
-    Rows with states in place of pictures and captions; each time a row is asked for, of one of its views.
+    Rows with features in place of images and texts. Each access draws one of the row's views.
 
     Args:
-        rows (`Dataset`): What is not cached: labels, and captions where the text backbone trains.
-        states (`Dataset`): Columns `image` and `text`, flat half-precision lists; the rows view by view.
-        views (`int`): How many there are of each row.
+        rows (`Dataset`):
+            The columns that are not cached: labels, and texts if the text backbone trains.
+        features (`Dataset`):
+            Columns `image` and `text` with flat half-precision lists: all rows of the first view, then of the next.
+        views (`int`):
+            Number of views of each row.
     """
 
     rows: Dataset
-    states: Dataset
+    features: Dataset
     views: int
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        # one view needs no draw, so that all else is drawn as it is without a cache
+        # A single view is not drawn, so that the other random numbers are those of a run without a cache.
         views = torch.randint(self.views, (len(indices),)).tolist() if self.views > 1 else [0] * len(indices)
-        table = self.states[[view * len(self) + index for view, index in zip(views, indices, strict=True)]]
+        table = self.features[[view * len(self) + index for view, index in zip(views, indices, strict=True)]]
         columns = {f"{name}_features": _arrays(table[name].combine_chunks()) for name in table.column_names}
-        given = self.rows[list(indices)]
-        return [{name: values[i] for name, values in {**given, **columns}.items()} for i in range(len(indices))]
+        columns |= self.rows[list(indices)]
+        return [{name: values[i] for name, values in columns.items()} for i in range(len(indices))]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
 
 def _arrays(lists: pa.ListArray) -> list[np.ndarray]:
-    values = np.array(lists.flatten())  # a copy, since torch wants what can be written to
+    values = np.array(lists.flatten())  # a copy, because torch wants writable memory
     return np.split(values, np.cumsum(lists.value_lengths().to_numpy())[:-1])
 
 
 @dataclasses.dataclass
 class CachedCollator:
     """
-    Rows of [`CachedRows`] to one batch: states padded to the longest caption's, masks where one is absent.
+    Make one batch of rows with or without cached features. Features are padded to the longest row of the batch.
 
     Args:
-        collator ([`Collator`]): For what is not cached.
-        image_shape (`tuple[int, ...]`, *optional*): Of one picture's states, channels last; `None`: not cached.
-        text_width (`int`, *optional*): Of one token's states; `None`: not cached.
+        collator ([`Collator`]):
+            Makes the part of the batch that is not cached.
+        widths (`dict[str, int]`):
+            Size of one token's features by modality, `image` and `text`, for the modalities that are cached.
     """
 
     collator: Collator
-    image_shape: tuple[int, ...] | None
-    text_width: int | None
+    widths: dict[str, int]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self.collator(rows)
-        if self.image_shape is not None:
-            found = [row["image_features"] for row in rows]
-            blank = np.zeros(math.prod(self.image_shape), dtype=np.float16)
-            states = np.stack([states if states.size else blank for states in found])
-            states = torch.from_numpy(states).unflatten(1, self.image_shape)
-            batch["image_features"] = states.permute(0, 3, 1, 2) if states.ndim == 4 else states
-            batch["image_mask"] = torch.tensor([states.size > 0 for states in found])
-        if self.text_width is not None:
-            found = [torch.from_numpy(row["text_features"].reshape(-1, self.text_width)) for row in rows]
-            lengths = torch.tensor([len(states) for states in found])
-            longest = max(1, int(lengths.max()))
-            found[0] = torch.cat([found[0], found[0].new_zeros(longest - len(found[0]), self.text_width)])
-            batch["text_features"] = pad_sequence(found, batch_first=True)
-            batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
-            batch["text_mask"] = lengths > 0
+        for name, width in self.widths.items():
+            if f"{name}_features" not in rows[0]:
+                continue
+            features = [torch.from_numpy(row[f"{name}_features"].reshape(-1, width)) for row in rows]
+            lengths = torch.tensor([len(tokens) for tokens in features])
+            one_token = features[0].new_zeros(1, width)  # a batch in which all rows lack the modality needs it
+            padded = pad_sequence([*features, one_token], batch_first=True)[:-1]
+            batch |= {f"{name}_features": padded, f"{name}_mask": lengths > 0}
+            if name == "text":
+                batch["attention_mask"] = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
         return batch
+
+
+class Shard(NamedTuple):
+    """Consecutive rows of one view, the file of their features, and its approximate size in bytes."""
+
+    rows: range
+    file: Path
+    size: float
 
 
 class FeatureCache:
     """
-    The states of rows under one model and preprocessing, computed where they are not on the disk yet.
+    Features of rows under one model and preprocessing, computed where the disk does not have them yet.
 
     Args:
-        model ([`MMClfForImageTextClassification`]): With a frozen image backbone or, without pictures, text backbone;
-            a frozen part of it is enough.
-        collator ([`Collator`]): For rows with pictures and captions.
-        args ([`MMClfTrainingArguments`]): For the folder, the device, the precision and the loading of pictures.
-        recipe (`Mapping`): All that states depend on besides weights, rows and views; JSON must be able to say it.
+        model ([`MMClfForImageTextClassification`]):
+            A model with a frozen image backbone or, for texts only, a frozen text backbone. Features of the text
+            backbone are cached too if it is frozen.
+        collator ([`Collator`]):
+            Makes batches of transformed rows.
+        args ([`MMClfTrainingArguments`]):
+            Folder, device, precision and loading of the images.
+        recipe (`Mapping`):
+            Everything else that changes the features of a row, such as the augmentation, as JSON values.
 
     Attributes:
-        cached_collator ([`CachedCollator`]): For the rows that `compute` gives.
-        folder (`Path`): Where the shards are; [`cache_entries`] lists it.
+        cached_collator ([`CachedCollator`]): Makes batches of the rows that `compute` returns.
+        folder (`Path`): The folder of the shards. [`cache_entries`] lists it.
 
     Raises:
-        `ValueError`: nothing is frozen, or the architecture cannot be cut.
+        `ValueError`: If the backbone is not frozen, or only partly.
     """
 
     def __init__(
@@ -139,31 +159,26 @@ class FeatureCache:
         args: MMClfTrainingArguments,
         recipe: Mapping[str, Any],
     ):
+        config, processor = model.config, collator.processor
+        _check_frozen(config)
         self.model, self.collator, self.args = model.eval().to(args.device), collator, args
-        config = model.config
-        image = text = None
+        example = {}
         if config.has_image:
-            size = collator.processor.image_processor.size["longest_edge"]
-            image = self._states({"pixel_values": torch.zeros(1, 3, size, size)})[0]
-            if image is None:
-                name = config.image_backbone + " with image_tokens 'stages'" * (config.image_tokens == "stages")
-                raise ValueError(_refusal("image", name, "stages", config.unfrozen_image_stages))
-        if config.has_text:
-            text = self._states(collator.processor.collate(text=["a"]))[1]
-            if text is None and image is None:
-                name = config.text_config.model_type
-                raise ValueError(_refusal("text", name, "layers", config.unfrozen_text_layers))
-        self.image_shape = None if image is None else tuple(image.shape[1:])
-        self.text_width = None if text is None else text.shape[-1]
-        self.cached_collator = CachedCollator(collator, self.image_shape, self.text_width)
+            size = processor.image_processor.size["longest_edge"]
+            example["pixel_values"] = torch.zeros(1, 3, size, size)
+        if config.has_text and config.unfrozen_text_layers == 0:
+            example |= processor.collate(text=["a"])
+        self.shapes = {name: features.shape[1:] for name, features in self._features(example).items()}
+        widths = {name: width for name, (_, width) in self.shapes.items()}
+        self.cached_collator = CachedCollator(collator, widths)
         about = {
             "image_backbone": config.image_backbone or "-",
             "text_backbone": config.text_backbone or getattr(config.text_config, "model_type", "-"),
-            "states": {"image": self.image_shape, "text": self.text_width and [None, self.text_width]},
-            "unfrozen": [config.unfrozen_image_stages, config.unfrozen_text_layers],
-            "config": {**config.to_dict(), **dict.fromkeys(_NOT_OF_THE_CUT)},
+            "widths": widths,
+            "config": {**config.to_dict(), **dict.fromkeys(AFTER_BACKBONES)},
             "recipe": recipe,
-            "tokenizer": _digest_of_tokenizer(collator.processor.tokenizer),
+            "image_processor": processor.image_processor and processor.image_processor.to_dict(),
+            "tokenizer": processor.tokenizer and _digest_of_tokenizer(processor.tokenizer),
             "precision": "bf16" if args.bf16 else "fp32",
             "versions": {name: _version(name) for name in PACKAGES},
         }
@@ -171,172 +186,145 @@ class FeatureCache:
         self.key = _digest(self.about, _digest_of_weights(model))
         self.folder = Path(args.feature_cache_dir or default_folder()) / self.key
 
-    def compute(
-        self, wanted: Mapping[str, tuple[Dataset, RowTransform, int]], say: Callable[[str], None] = print
-    ) -> dict[str, CachedRows]:
+    def compute(self, wanted: Mapping[str, tuple[Dataset, RowTransform, int]]) -> dict[str, CachedRows]:
         """
-        Rows with cached states. The processes of one machine share the work.
+        Compute the features that are missing, and return the rows with their features. The processes of one machine
+        share the work.
 
         Args:
-            wanted (`Mapping`): By name, the rows (columns `image`, `text`, `where` and `labels`), their transform
-                with its augmentation, and the number of views.
-            say (`Callable`, *optional*): Takes what is to come and where.
+            wanted (`Mapping[str, tuple]`):
+                By name: the rows (columns `image`, `text`, `where` and `labels`), their transform with its
+                augmentation, and the number of views.
+
+        Returns:
+            `dict[str, CachedRows]`: The rows by the same names.
 
         Raises:
-            `OSError`: the disk has not enough room; nothing has been computed then.
+            `OSError`: If the disk has not enough space. Nothing has been computed then.
         """
-        work = {name: self._names(*given) for name, given in wanted.items()}
-        size = dict.fromkeys(wanted, 0)
-        missing = dict.fromkeys(wanted, 0)
-        for name, (rows, _, _) in wanted.items():
-            width = self._bytes_of_a_row(rows)
-            size[name] = sum(width * len(shard) for shard, _ in work[name])
-            missing[name] = sum(width * len(shard) for shard, key in work[name] if not self._is_there(key))
+        shards = {name: self._shards(*given) for name, given in wanted.items()}
+        flat = [shard for group in shards.values() for shard in group]
+        total = sum(shard.size for shard in flat)
+        missing = sum(shard.size for shard in flat if not shard.file.exists())
         views = ", ".join(f"{name} {len(rows):,} rows x {count}" for name, (rows, _, count) in wanted.items())
-        there = sum(size.values()) - sum(missing.values())
-        say(
-            f"feature cache: {views}; about {in_words(sum(size.values()))} in {self.folder}"
-            + (f", of which {in_words(there)} are there already" if there else "")
-        )
+        reused = f", of which {in_words(total - missing)} are reused" if missing < total else ""
+        logger.info(f"feature cache: {views}; about {in_words(total)} in {self.folder}{reused}")
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
-        if sum(missing.values()) > free:
+        if missing > free:
             raise OSError(
-                f"the feature cache needs about {in_words(sum(missing.values()))}, but {self.folder.parent} has "
-                f"{in_words(free)} left; give fewer --cached_views or another --feature_cache_dir, make room by "
+                f"the feature cache needs about {in_words(missing)}, but {self.folder.parent} has {in_words(free)} "
+                "left; give fewer --cached_views or another --feature_cache_dir, free space by "
                 "`hf-mmclf cache --clear`, or leave --cache_features out"
             )
         (self.folder / ABOUT).write_text(self.about, encoding="utf-8")
-        self.args.distributed_state.wait_for_everyone()  # nobody counts what others write
-        return {name: self._rows(name, work[name], *given) for name, given in wanted.items()}
+        self.args.distributed_state.wait_for_everyone()  # no process writes before all have looked for shards
+        for name, (rows, transform, _) in wanted.items():
+            self._write_share(name, shards[name], rows, transform)
+        self.args.distributed_state.wait_for_everyone()
+        return {name: self._read(shards[name], *given) for name, given in wanted.items()}
 
-    def _bytes_of_a_row(self, rows: Dataset) -> int:
-        width = 2 * math.prod(self.image_shape or (0,))
-        if self.text_width is not None:
-            some = [text for text in rows[:1_000]["text"] if text] or [""]
-            lengths = self.collator.processor.tokenizer(some, truncation=True)["input_ids"]
-            width += 2 * self.text_width * sum(map(len, lengths)) // len(some)
-        return width
-
-    def _names(self, rows: Dataset, transform: RowTransform, views: int) -> list[tuple[range, str]]:
-        """The rows of each shard, and the fingerprint of its states."""
-        shards = [range(start, min(start + SHARD, len(rows))) for start in range(0, len(rows), SHARD)]
-        prints = [_digest_of_rows(rows.select(shard), transform.folder) for shard in shards]
+    def _shards(self, rows: Dataset, transform: RowTransform, views: int) -> list[Shard]:
+        ranges = [range(start, min(start + SHARD, len(rows))) for start in range(0, len(rows), SHARD)]
+        digests = [_digest_of_rows(rows.select(part), transform.folder) for part in ranges]
         augmented = transform.text is not None or not isinstance(transform.image, EvaluationImageTransform | None)
-        seed = self.args.seed if augmented else None
+        seed, size = self.args.seed if augmented else None, self._bytes_of_a_row(rows)
         return [
-            (shard, _digest(self.key, name, f"{augmented} {view} {seed}"))
+            Shard(
+                part,
+                self.folder / f"{_digest(self.key, digest, f'{augmented} {view} {seed}')}.arrow",
+                size * len(part),
+            )
             for view in range(views)
-            for shard, name in zip(shards, prints, strict=True)
+            for part, digest in zip(ranges, digests, strict=True)
         ]
 
-    def _is_there(self, name: str) -> bool:
-        found = (self.folder / name).rglob("dataset_info.json")  # which `datasets` writes last
-        return any(not folder.name.endswith(".incomplete") for folder in map(attrgetter("parent"), found))
+    def _bytes_of_a_row(self, rows: Dataset) -> float:
+        numbers = math.prod(self.shapes.get("image", (0,)))
+        if "text" in self.shapes:
+            texts = [text for text in rows[:1_000]["text"] if text] or [""]
+            lengths = map(len, self.collator.processor.tokenizer(texts, truncation=True)["input_ids"])
+            numbers += self.shapes["text"][1] * sum(lengths) / len(texts)
+        return 2 * numbers
 
-    def _rows(
-        self, desc: str, work: list[tuple[range, str]], rows: Dataset, transform: RowTransform, views: int
-    ) -> CachedRows:
+    def _write_share(self, name: str, shards: Sequence[Shard], rows: Dataset, transform: RowTransform) -> None:
+        """Write the missing ones of the shards that this process computes."""
         local, count = self.args.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        quiet = are_progress_bars_disabled()
-        disable_progress_bars()  # one for each shard
-        try:
-            with tqdm(total=len(rows) * views, desc=desc, unit="row", disable=quiet or local > 0) as bar:
-                for shard, name in work[local::count]:
-                    self._shard(rows.select(shard), transform, name, bar)
-                self.args.distributed_state.wait_for_everyone()
-                bar.update(bar.total - bar.n)  # what was there already, and what the others did
-            parts = [self._shard(rows.select(shard), transform, name, bar) for shard, name in work]
-        finally:
-            if not quiet:
-                enable_progress_bars()
-        if self.text_width is not None:
+        missing = [shard for shard in shards[local::count] if not shard.file.exists()]
+        hidden = self.args.disable_tqdm or local > 0
+        for shard in tqdm(missing, f"Computing features, {name}", unit="shard", disable=hidden):
+            self._write(shard.file, rows.select(shard.rows).with_transform(transform))
+
+    def _write(self, path: Path, rows: Dataset) -> None:
+        """Write one shard, which gets its name when it is complete."""
+        loader = DataLoader(
+            rows,
+            self.args.eval_batch_size,
+            collate_fn=self.collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        schema = pa.schema({name: pa.list_(pa.float16()) for name in self.shapes})
+        with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            torch.manual_seed(int(path.stem[:12], 16))
+            part = Path(scratch) / path.name
+            with pa.ipc.new_stream(str(part), schema) as writer:
+                for batch in loader:
+                    writer.write_batch(pa.RecordBatch.from_pydict(self._columns(batch), schema))
+            part.replace(path)
+
+    def _columns(self, batch: Mapping[str, torch.Tensor]) -> dict[str, pa.ListArray]:
+        """Return the features of a batch as one flat list a row, without padding, and empty without the modality."""
+        columns = {}
+        for name, features in self._features(batch).items():
+            kept = batch[f"{name}_mask"][:, None].expand(features.shape[:2])
+            if name == "text" and features.shape[1] > 1:  # not the pooled vector
+                kept = kept & batch["attention_mask"].bool()
+            ends = np.cumsum([0, *kept.sum(1).tolist()]) * features.shape[-1]
+            columns[name] = pa.ListArray.from_arrays(ends.astype(np.int32), features[kept.numpy()].ravel())
+        return columns
+
+    def _read(self, shards: Sequence[Shard], rows: Dataset, transform: RowTransform, views: int) -> CachedRows:
+        features = concatenate_datasets([Dataset.from_file(str(shard.file)) for shard in shards])
+        if "text" in self.shapes or not self.model.config.has_text:
             rest = rows.select_columns(["labels"]).with_format("numpy")
         else:
-            changed = RowTransform(transform.folder, None, transform.text)
-            rest = rows.select_columns(["text", "labels"]).with_transform(changed)
-        return CachedRows(rest, concatenate_datasets(parts).with_format("arrow"), views)
-
-    def _shard(self, rows: Dataset, transform: RowTransform, name: str, bar: tqdm) -> Dataset:
-        columns = {"image": self.image_shape, "text": self.text_width}
-        features = {key: List(Value("float16")) for key, wanted in columns.items() if wanted is not None}
-        return Dataset.from_generator(
-            self._generate,
-            features=Features(features),
-            cache_dir=str(self.folder / name),
-            gen_kwargs={"rows": rows, "transform": transform, "seed": int(name[:12], 16), "bar": bar},
-            fingerprint=name,
-            writer_batch_size=100,
-        )
-
-    def _generate(self, rows: Dataset, transform: RowTransform, seed: int, bar: tqdm) -> Iterator[dict[str, Any]]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            loader = DataLoader(
-                rows.with_transform(transform),
-                self.args.eval_batch_size,
-                collate_fn=self.collator,
-                num_workers=self.args.dataloader_num_workers,
-            )
-            for batch in loader:
-                image, text = self._states(batch)
-                for i in range(len(batch["image_mask" if image is not None else "text_mask"])):
-                    row = {}
-                    if image is not None:
-                        row["image"] = image[i].ravel() if batch["image_mask"][i] else image[i, :0].ravel()
-                    if text is not None:
-                        there = batch["attention_mask"][i].bool() & batch["text_mask"][i]
-                        there = there[:1] if text.shape[1] == 1 else there  # the pooler's vector
-                        row["text"] = text[i][there.numpy()].ravel()
-                    yield row
-                    bar.update()
+            texts_only = RowTransform(transform.folder, None, transform.text)
+            rest = rows.select_columns(["text", "labels"]).with_transform(texts_only)
+        return CachedRows(rest, features.with_format("arrow"), views)
 
     @torch.no_grad()
-    def _states(self, batch: Mapping[str, torch.Tensor]) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """States of both backbones in half precision, maps with their channels last; `None` where there are none."""
-        device, model, states = self.args.device, self.model, [None, None]
+    def _features(self, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        """Compute the features `(B, T, D)` of the frozen backbones, in half precision, by modality."""
+        device, model, found = self.args.device, self.model, {}
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
             if "pixel_values" in batch:
-                states[0] = model.frozen_image_features(batch["pixel_values"])
-            if "input_ids" in batch:
+                found["image"] = model.frozen_image_features(batch["pixel_values"])
+            if "input_ids" in batch and model.config.unfrozen_text_layers == 0:
                 names = ("input_ids", "attention_mask", "token_type_ids")
-                states[1] = model.frozen_text_features(**{name: batch[name] for name in names if name in batch})
-        for i, found in enumerate(states):
-            if found is not None:
-                found = found.movedim(1, -1) if found.ndim == 4 else found
-                states[i] = found.to("cpu", torch.float16).numpy()
-                if not np.isfinite(states[i]).all():
-                    name = ("image", "text")[i]
-                    raise ValueError(f"states of the {name} backbone exceed half precision; train without the cache")
-        return states[0], states[1]
+                found["text"] = model.frozen_text_features(**{name: batch[name] for name in names if name in batch})
+        found = {name: features.to("cpu", torch.float16).numpy() for name, features in found.items()}
+        for name, features in found.items():
+            if not np.isfinite(features).all():
+                raise ValueError(f"features of the {name} backbone exceed half precision; leave --cache_features out")
+        return found
 
 
-# Fields of the configuration on which states do not depend: what comes after the backbones, and what rows are called.
-_NOT_OF_THE_CUT = (
-    *("fusion", "fusion_layers", "fusion_heads", "fusion_norm", "width", "projection_norm", "dropout"),
-    *("learned_missing", "modality_dropout"),
-    *("threshold", "label_thresholds", "missing_thresholds", "label_ids", "id2label", "label2id"),
-    *("image_weights", "text_weights", "transformers_version"),
-)
-
-
-def _refusal(part: str, name: str, unit: str, unfrozen: int | None) -> str:
-    if unfrozen is None:
-        return (
-            f"--cache_features keeps what frozen parts make of the rows, but all of the {part} backbone trains; "
-            f"freeze some of it by --unfrozen_{part}_{unit}, or leave --cache_features out"
+def _check_frozen(config: MMClfConfig) -> None:
+    part, unit = ("image", "stages") if config.has_image else ("text", "layers")
+    unfrozen = getattr(config, f"unfrozen_{part}_{unit}")
+    if unfrozen != 0:
+        trained = "all of it trains" if unfrozen is None else f"its last {unfrozen} {unit} train"
+        raise ValueError(
+            f"--cache_features needs a frozen {part} backbone, but {trained}; give --unfrozen_{part}_{unit} 0, or "
+            "leave --cache_features out"
         )
-    return (
-        f"--cache_features: {name} cannot be cut before its last {unfrozen} {unit}; give --unfrozen_{part}_{unit} 0, "
-        "or leave --cache_features out"
-    )
 
 
 def _version(name: str) -> str | None:
     try:
         return version(name)
-    except ImportError:
+    except PackageNotFoundError:
         return None
 
 
@@ -344,24 +332,25 @@ def _digest(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()
 
 
-def _digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    if tokenizer is None:
-        return None
+def _digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts |= {"padding": None, "truncation": tokenizer.model_max_length}  # in the text: those of the last call
+    parts |= {"padding": None, "truncation": tokenizer.model_max_length}  # the text has those of the last call
     return _digest(json.dumps(parts, sort_keys=True))
 
 
 def _digest_of_weights(model: MMClfForImageTextClassification) -> str:
-    digest = hashlib.blake2b()
-    for name, tensor in model.frozen_tensors():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    """Return a digest of the backbones that are frozen."""
+    digest, config = hashlib.blake2b(), model.config
+    frozen = {"image_model.": config.unfrozen_image_stages == 0, "text_model.": config.unfrozen_text_layers == 0}
+    for name, tensor in model.state_dict().items():
+        if any(name.startswith(prefix) for prefix, whole in frozen.items() if whole):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def _digest_of_rows(rows: Dataset, folder: Path) -> str:
-    """Of captions, and of pictures: their bytes, or the name, size and time of their file."""
+    """Return a digest of the texts and of the images: their bytes, or the name, size and time of their files."""
     digest = hashlib.blake2b()
     for row, (place, text) in enumerate(zip(picture_paths(rows), rows["text"][:], strict=True)):
         digest.update(repr((place, text)).encode())
@@ -374,18 +363,18 @@ def _digest_of_rows(rows: Dataset, folder: Path) -> str:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of the files in a folder."""
+    """Return the number of bytes of all files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def in_words(size: float) -> str:
-    """Bytes as people say them."""
+    """Return a number of bytes with a unit that fits it, such as `5.2 MiB`."""
     units = ("bytes", "KiB", "MiB", "GiB", "TiB")
     power = min(len(units) - 1, max(0, int(size).bit_length() - 1) // 10)
     return f"{size / 1024**power:.{min(power, 1)}f} {units[power]}"
 
 
 def cache_entries(folder: Path | None = None) -> list[tuple[Path, dict[str, Any]]]:
-    """The caches in a folder with what is known of each, that used last at the end."""
+    """Return the caches in a folder and what `about.json` says of each, the most recently used one last."""
     found = sorted((folder or default_folder()).glob(f"*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
     return [(file.parent, json.loads(file.read_text(encoding="utf-8"))) for file in found]

@@ -1,4 +1,4 @@
-"""From arguments to what a training run works on: configuration, rows, tokenizer, model and preprocessing."""
+"""Inputs of a training run, made from its arguments: configuration, rows, tokenizer, model and processor."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from ..model.image_processing_mmclf import MMClfImageProcessor
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from ..model.processing_mmclf import MMClfProcessor
 from ..presets import config_from_preset
-from .arguments import MMClfTrainingArguments, ModelArguments
+from .arguments import ARCHITECTURE, MMClfTrainingArguments, ModelArguments
 
 logger = logging.get_logger(__name__)
 
@@ -26,16 +26,23 @@ logger = logging.get_logger(__name__)
 @dataclasses.dataclass
 class TrainingInputs:
     """
-    What a training run works on.
+    Rows, model and preprocessing of a training run.
 
     Args:
-        prepared ([`PreparedData`]): The rows of all splits; without `train` where these are streamed.
-        train_rows (`Dataset`): The training rows or, of a stream, its first rows.
-        stream ([`Stream`], *optional*): The training rows that are streamed.
-        model ([`MMClfForImageTextClassification`]): With the labels in its configuration.
-        preprocessing ([`Preprocessing`]): The transforms and the collator, with the processor.
-        tokenizer_source (`str`, *optional*): Where the tokenizer comes from, in words.
-        missing (`dict[str, dict[str, int]]`): The number of rows without an image and without a text, by split.
+        prepared ([`PreparedData`]):
+            The rows of all splits, without `train` if training rows are streamed.
+        train_rows (`Dataset`):
+            The training rows or, for a stream, its first rows.
+        stream ([`Stream`], *optional*):
+            The streamed training rows.
+        model ([`MMClfForImageTextClassification`]):
+            The model, with the labels in its configuration.
+        preprocessing ([`Preprocessing`]):
+            The transforms, the collator and the processor.
+        tokenizer_source (`str`, *optional*):
+            A description of the tokenizer's source.
+        missing (`dict[str, dict[str, int]]`):
+            The number of rows without an image and without a text, by split.
     """
 
     prepared: PreparedData
@@ -51,11 +58,22 @@ def prepare_inputs(
     model_args: ModelArguments, data_args: DataArguments, args: MMClfTrainingArguments
 ) -> TrainingInputs:
     """
-    Read the rows, build the model, and check everything on the way. Nothing is written.
+    Read the rows and build the model, with all checks. Nothing is written.
+
+    Args:
+        model_args ([`ModelArguments`]):
+            The architecture and its initial weights.
+        data_args ([`DataArguments`]):
+            The rows.
+        args ([`MMClfTrainingArguments`]):
+            The seed, and for a stream the settings of the data loader, which are adapted.
+
+    Returns:
+        [`TrainingInputs`]: The inputs of the run.
 
     Raises:
-        `ValueError`, `OSError`: Arguments that do not fit each other, rows that cannot be read, or weights or a
-            tokenizer that cannot be loaded.
+        `ValueError`, `OSError`: If arguments contradict each other, rows cannot be read, or weights or the tokenizer
+            cannot be loaded.
     """
     config = build_config(model_args)
     stream = None
@@ -90,25 +108,29 @@ def _report_rows(prepared: PreparedData, bad_images: str) -> None:
 
 
 def build_config(args: ModelArguments) -> MMClfConfig:
-    """Return the preset's configuration with the changes of the arguments; labels and vocabulary are still open."""
+    """
+    Return the preset's configuration with the changes of the arguments. Labels and vocabulary are not set yet.
+
+    Raises:
+        `ValueError`: If no preset is named, or if a value does not fit the configuration.
+        `OSError`: If the configuration of the text encoder cannot be loaded.
+    """
     if args.preset is None:
         raise ValueError("ModelArguments.preset is None; name a preset, or let parse_arguments choose one")
-    names = ("fusion", "fusion_layers", "fusion_heads", "fusion_norm", "projection_norm", "image_tokens", "width")
-    names += ("dropout", "learned_missing", "modality_dropout")
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {field.name: getattr(args, field.name) for field in ARCHITECTURE}
+    changes = {name: value for name, value in given.items() if value is not None}
     for name in ("unfrozen_image_stages", "unfrozen_text_layers"):
-        if getattr(args, name) is not None:
-            changes[name] = None if getattr(args, name) == -1 else getattr(args, name)
+        if given[name] == -1:
+            changes[name] = None  # which trains the whole backbone
     if args.image_backbone is not None:
-        changes |= {"image_backbone": None if args.image_backbone == "none" else args.image_backbone}
-        changes |= {"image_backbone_args": None}
+        changes["image_backbone"] = None if args.image_backbone == "none" else args.image_backbone
+        changes["image_backbone_args"] = None
     if args.text_backbone == "none":
         changes |= {"text_backbone": None, "text_config": None}
     elif args.text_backbone is not None:
-        changes |= {"text_backbone": Path(args.text_backbone).name}
-        changes |= {"text_config": _read_text_config(args.text_backbone)}
-        if not Path(args.text_backbone).is_dir():
-            changes["text_backbone"] = args.text_backbone
+        folder = Path(args.text_backbone)
+        changes["text_backbone"] = folder.name if folder.is_dir() else args.text_backbone
+        changes["text_config"] = _read_text_config(args.text_backbone)
     return config_from_preset(args.preset, **changes)
 
 
@@ -116,33 +138,60 @@ def _read_text_config(source: str) -> dict[str, Any]:
     """Read the configuration of a text encoder on the Hub or in a folder."""
     try:
         return AutoConfig.from_pretrained(source).to_dict()
-    except ValueError:  # no model_type: TinyBERT, BERT-tiny and other BERTs are older than it
+    except ValueError:  # TinyBERT, BERT-tiny and other BERTs are older than the key model_type
         values, _ = PreTrainedConfig.get_config_dict(source)
         if "model_type" in values or "type_vocab_size" not in values:
             raise
-        return BertConfig(**values).to_dict()  # weights of another encoder do not fit it, which is an error
+        return BertConfig(**values).to_dict()  # loading weights of another encoder into it is an error
 
 
 def build_tokenizer(
     args: ModelArguments, config: MMClfConfig, rows: Dataset
 ) -> tuple[PreTrainedTokenizerBase | None, str | None]:
-    """Load or train the tokenizer, the same in every process; returns it and where it comes from, in words."""
+    """
+    Load or train the tokenizer, which is the same in every process.
+
+    Args:
+        args ([`ModelArguments`]):
+            The name of the tokenizer, or how to train it.
+        config ([`MMClfConfig`]):
+            The configuration of the model.
+        rows (`Dataset`):
+            The training rows, for a tokenizer that is trained.
+
+    Returns:
+        `tuple`: The tokenizer and a description of its source, or twice `None` for a model without texts.
+
+    Raises:
+        `ValueError`: If a trained tokenizer does not fit pretrained text weights.
+        `OSError`: If the tokenizer cannot be loaded.
+    """
     if not config.has_text:
         return None, None
     if args.tokenizer == "train" and not args.from_scratch:
         raise ValueError(
-            "--tokenizer train gives every word piece a new number, which pretrained text weights do not know; add "
-            "--from_scratch, or leave --tokenizer out for the backbone's own"
+            "--tokenizer train gives every word piece a new id, which pretrained text weights do not know; add "
+            "--from_scratch, or leave --tokenizer out to use the backbone's own"
         )
     source = args.tokenizer or ("train" if args.from_scratch else args.text_backbone or config.text_backbone)
-    # The configuration knows the kind of the backbone's own tokenizer, even where the repository does not say it.
+    # The configuration names the class of the backbone's own tokenizer, which old repositories do not.
     own = config.text_config if source in (args.text_backbone, config.text_backbone) else None
     return load_tokenizer(source, filter(None, rows["text"][:]), args.vocab_size, own)
 
 
-def settle_labels(config: MMClfConfig, prepared: PreparedData, splits: Mapping[str, Dataset]) -> dict[str, Any]:
+def settle_labels(
+    config: MMClfConfig, prepared: PreparedData, splits: Mapping[str, Dataset]
+) -> dict[str, dict[str, int]]:
     """
-    Write the labels into the configuration, and `learned_missing` where training rows lack an image or a text.
+    Write the labels into the configuration, and `learned_missing` if training rows lack an image or a text.
+
+    Args:
+        config ([`MMClfConfig`]):
+            The configuration to change.
+        prepared ([`PreparedData`]):
+            The labels.
+        splits (`Mapping[str, Dataset]`):
+            The rows by split.
 
     Returns:
         `dict[str, dict[str, int]]`: The number of rows without an image and without a text, by split.
@@ -153,19 +202,33 @@ def settle_labels(config: MMClfConfig, prepared: PreparedData, splits: Mapping[s
     missing = {}
     for name, split in splits.items() if config.has_image and config.has_text else ():
         has_image, has_text = presence(split)
-        counts = missing[name] = {"picture": int((~has_image).sum()), "caption": int((~has_text).sum())}
+        counts = missing[name] = {"image": int((~has_image).sum()), "text": int((~has_text).sum())}
         if any(counts.values()):
-            logger.info(f"  {name}: {counts['picture']:,} rows without an image, {counts['caption']:,} without a text")
+            logger.info(f"  {name}: {counts['image']:,} rows without an image, {counts['text']:,} without a text")
             if name == "train" and not config.learned_missing:
                 config.learned_missing = True
-                logger.info("  learned vectors stand in for them (learned_missing)")
+                logger.info("  learned vectors replace them (learned_missing)")
     return missing
 
 
 def build_model(
     config: MMClfConfig, args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None
 ) -> MMClfForImageTextClassification:
-    """Build the model and load its backbones as the arguments say."""
+    """
+    Build the model and load the weights of its backbones.
+
+    Args:
+        config ([`MMClfConfig`]):
+            The architecture. Its vocabulary is changed to the tokenizer's if the text backbone starts from scratch.
+        args ([`ModelArguments`]):
+            The weights.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The tokenizer, if the model has a text backbone.
+
+    Raises:
+        `ValueError`: If the tokenizer has more tokens than the pretrained text backbone.
+        `OSError`: If weights cannot be loaded.
+    """
     image_weights, text_weights = (None, None) if args.from_scratch else (args.image_weights, args.text_weights)
     if text_weights == "hub" and args.text_backbone and Path(args.text_backbone).is_dir():
         text_weights = args.text_backbone
@@ -185,8 +248,18 @@ def build_processor(
     model: MMClfForImageTextClassification, args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None
 ) -> MMClfProcessor:
     """
-    Build the processor of a model: image size (unless given), mean and deviation as timm knows them for the backbone,
-    and the longest text that both the arguments and the model allow.
+    Build the processor of a model.
+
+    Image size (unless given), mean and standard deviation are those that timm has for the backbone. Texts are
+    truncated to the length that both the arguments and the model allow.
+
+    Args:
+        model ([`MMClfForImageTextClassification`]):
+            The model.
+        args ([`ModelArguments`]):
+            The image size and the length of texts.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The tokenizer, if the model has a text backbone. Its `model_max_length` is changed.
     """
     image_processor = None
     if model.config.has_image:

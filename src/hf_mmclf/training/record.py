@@ -1,10 +1,11 @@
-"""What a training run leaves behind beside the model: its figures, its recipe, its splits, its card."""
+"""Files that a training run writes beside the model: its figures, its recipe, its splits and its card."""
 
 import csv
 import dataclasses
 import json
 import platform
 import re
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from ..hub.card import EMBEDDED, write_card
 from ..hub.plots import write_plots
@@ -22,93 +23,132 @@ from .arguments import Arguments, MMClfTrainingArguments, ModelArguments
 from .inputs import TrainingInputs
 
 RECORDED_PACKAGES = ("hf_mmclf", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets")
+Outcomes = Mapping[str, tuple[np.ndarray, np.ndarray]]  # scores and labels (rows, labels) by split
 
 
 class Results(NamedTuple):
     """
-    What a run reaches.
+    Results of a run.
 
     Args:
-        reports (`dict[str, dict]`): The figures of [`report`] by split.
-        outcomes (`dict[str, tuple[np.ndarray, np.ndarray]]`): Scores and labels `(rows, labels)` by split.
-        speed (`dict[str, Any]`): Rows a second of the last split.
-        temperature (`float`, *optional*): What the logits were divided by.
+        reports (`dict[str, dict]`):
+            The figures of [`report`] by split.
+        outcomes (`Mapping[str, tuple[np.ndarray, np.ndarray]]`):
+            Scores and labels, both `(rows, labels)`, by split.
+        speed (`dict[str, Any]`):
+            Rows per second on the last split.
+        temperature (`float`, *optional*):
+            The temperature by which the logits were divided.
     """
 
     reports: dict[str, dict[str, Any]]
-    outcomes: dict[str, tuple[np.ndarray, np.ndarray]]
+    outcomes: Outcomes
     speed: dict[str, Any]
     temperature: float | None
 
 
 def run_record(arguments: Arguments, trainer: Trainer, inputs: TrainingInputs, results: Results) -> dict[str, Any]:
-    """A run for `training.json`, from which the card is written: names without paths, and no trace of who ran it."""
-    model_args, data_args, augmentation, args = arguments
-    model, config, state = inputs.model, inputs.model.config, trainer.state
-    prepared, processor = inputs.prepared, inputs.preprocessing.processor
-    places = [place for place in (data_args.data, data_args.validation_data, data_args.test_data) if place]
-    on_hub = [place for place in places if not Path(place).exists()]
-    names = [place if place in on_hub else Path(place).resolve().name for place in places]
-    started_from = base_models(model_args, model)
-    parameters = {"total": model.num_parameters(), "trained": model.num_parameters(only_trainable=True)}
-    for part in ("image_model", "text_model"):
-        if hasattr(model, part):
-            parameters[part] = sum(parameter.numel() for parameter in getattr(model, part).parameters())
-    best = None
-    if args.load_best_model_at_end and state.best_metric is not None:
-        epochs = [entry["epoch"] for entry in state.log_history if entry.get("step") == state.best_global_step]
-        best = {"by": args.metric_for_best_model, "score": state.best_metric, "epoch": epochs[0] if epochs else None}
+    """
+    Return the record of a run for `training.json`, from which the card is written. It holds no paths.
+
+    Args:
+        arguments (`tuple`):
+            The arguments of the run, as `parse_arguments` returns them.
+        trainer (`Trainer`):
+            The trainer after training.
+        inputs ([`TrainingInputs`]):
+            The rows, the model and the preprocessing.
+        results ([`Results`]):
+            The results of the run.
+
+    Returns:
+        `dict[str, Any]`: JSON values.
+    """
+    args, state, prepared = arguments[3], trainer.state, inputs.prepared
     return {
-        "preset": model_args.preset,
-        "data": list(dict.fromkeys(names)) or [EMBEDDED],
-        "datasets": list(dict.fromkeys(on_hub)),
-        "license": args.license or ("unknown" if places or started_from else "mit"),
-        "image_backbone": config.image_weights,
-        "text_backbone": config.text_weights,
-        "base_models": started_from,
+        **_sources(arguments, inputs),
         "splits": prepared.split_source,
         "rows": {name: len(split) for name, split in prepared.splits.items()},
-        # what comes after the colon is a path
+        # a reason may end in a colon and a path
         "bad_images": [(where, re.sub(r""": ['"].*""", "", reason)) for where, reason in prepared.bad_images],
-        "parameters": parameters,
+        "parameters": _parameters(inputs.model),
         "tokenizer": inputs.tokenizer_source,
         "missing": inputs.missing,
         "temperature": results.temperature,
         "speed": {**results.speed, "machine": machine_name(args)},
-        "recipe": {
-            "epochs": args.num_train_epochs,
-            "max_steps": args.max_steps if args.max_steps > 0 else None,
-            "early_stopping_patience": args.early_stopping_patience,
-            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "optimizer": args.optim,
-            "learning_rate": args.learning_rate,
-            "backbone_learning_rate": args.backbone_learning_rate,
-            "weight_decay": args.weight_decay,
-            "schedule": args.lr_scheduler_type,
-            "warmup_steps": args.warmup_steps,
-            "max_gradient_norm": args.max_grad_norm,
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-            "seed": args.seed,
-            "augmentation": dataclasses.asdict(augmentation),
-            "loss": args.loss,
-            "positive_weights": [args.positive_weight_power, args.positive_weight_cap],
-            "label_smoothing": args.label_smoothing_factor,
-            "threshold_objective": args.threshold_objective or "micro",
-            "threshold_beta": args.threshold_beta,
-            "threshold_precision": args.threshold_precision,
-            "image_size": processor.image_processor and processor.image_processor.size["longest_edge"],
-            "max_tokens": processor.tokenizer and processor.tokenizer.model_max_length,
-        },
+        "recipe": _recipe(arguments, inputs),
         "processes": args.world_size,
         "epochs": state.epoch,
-        "best_checkpoint": best,
+        "best_checkpoint": _best_checkpoint(args, state),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
         "history": state.log_history,
     }
 
 
+def _sources(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]:
+    """Return what the model was made from: preset, data and weights, and the license that follows."""
+    model_args, data_args, _, args = arguments
+    places = [place for place in (data_args.data, data_args.validation_data, data_args.test_data) if place]
+    on_hub = [place for place in places if not Path(place).exists()]
+    names = [place if place in on_hub else Path(place).resolve().name for place in places]
+    started_from = base_models(model_args, inputs.model)
+    return {
+        "preset": model_args.preset,
+        "data": list(dict.fromkeys(names)) or [EMBEDDED],
+        "datasets": list(dict.fromkeys(on_hub)),
+        "license": args.license or ("unknown" if places or started_from else "mit"),
+        "image_backbone": inputs.model.config.image_weights,
+        "text_backbone": inputs.model.config.text_weights,
+        "base_models": started_from,
+    }
+
+
+def _parameters(model: MMClfForImageTextClassification) -> dict[str, int]:
+    counts = {"total": model.num_parameters(), "trained": model.num_parameters(only_trainable=True)}
+    for part in ("image_model", "text_model"):
+        if hasattr(model, part):
+            counts[part] = sum(parameter.numel() for parameter in getattr(model, part).parameters())
+    return counts
+
+
+def _recipe(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]:
+    _, _, augmentation, args = arguments
+    processor = inputs.preprocessing.processor
+    return {
+        "epochs": args.num_train_epochs,
+        "max_steps": args.max_steps if args.max_steps > 0 else None,
+        "early_stopping_patience": args.early_stopping_patience,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "optimizer": args.optim,
+        "learning_rate": args.learning_rate,
+        "backbone_learning_rate": args.backbone_learning_rate,
+        "weight_decay": args.weight_decay,
+        "schedule": args.lr_scheduler_type,
+        "warmup_steps": args.warmup_steps,
+        "max_gradient_norm": args.max_grad_norm,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "seed": args.seed,
+        "augmentation": dataclasses.asdict(augmentation),
+        "loss": args.loss,
+        "positive_weights": [args.positive_weight_power, args.positive_weight_cap],
+        "label_smoothing": args.label_smoothing_factor,
+        "threshold_objective": args.threshold_objective or "micro",
+        "threshold_beta": args.threshold_beta,
+        "threshold_precision": args.threshold_precision,
+        "image_size": processor.image_processor and processor.image_processor.size["longest_edge"],
+        "max_tokens": processor.tokenizer and processor.tokenizer.model_max_length,
+    }
+
+
+def _best_checkpoint(args: MMClfTrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+    if not args.load_best_model_at_end or state.best_metric is None:
+        return None
+    epochs = [entry["epoch"] for entry in state.log_history if entry.get("step") == state.best_global_step]
+    return {"by": args.metric_for_best_model, "score": state.best_metric, "epoch": epochs[0] if epochs else None}
+
+
 def base_models(args: ModelArguments, model: MMClfForImageTextClassification) -> list[str]:
-    """Names on the Hub of the pretrained backbones that came from there."""
+    """Return the names on the Hub of the pretrained backbones that were loaded from there."""
     found = []
     if model.config.has_image and args.image_weights == "hub":
         found.append(model.image_model.pretrained_cfg.get("hf_hub_id"))
@@ -118,7 +158,7 @@ def base_models(args: ModelArguments, model: MMClfForImageTextClassification) ->
 
 
 def machine_name(args: MMClfTrainingArguments) -> str:
-    """The machine in words that fit any like it."""
+    """Describe the machine without its name: the number and kind of its processors."""
     count = args.world_size * max(1, args.n_gpu)
     if args.device.type == "cpu":
         threads = torch.get_num_threads()
@@ -133,14 +173,19 @@ def write_records(
     folder: Path, inputs: TrainingInputs, results: Results, record: dict[str, Any], save_predictions: bool = False
 ) -> None:
     """
-    Writes `metrics.json`, `training.json`, `splits.csv`, the plots and the card to a folder that has the model.
+    Write `metrics.json`, `training.json`, `splits.csv`, the plots and the card to the folder of a saved model.
 
     Args:
-        folder (`Path`): Where the model has been saved.
-        inputs ([`TrainingInputs`]): The rows, and the model with the fitted thresholds.
-        results ([`Results`]): What the run reaches.
-        record (`dict`): Of [`run_record`].
-        save_predictions (`bool`, *optional*, defaults to `False`): Write `predictions-<split>.csv`.
+        folder (`Path`):
+            The folder of the model.
+        inputs ([`TrainingInputs`]):
+            The rows, and the model with the fitted thresholds.
+        results ([`Results`]):
+            The results of the run.
+        record (`dict`):
+            What [`run_record`] returned.
+        save_predictions (`bool`, *optional*, defaults to `False`):
+            Whether to write `predictions-<split>.csv` too.
     """
     config, prepared, outcomes = inputs.model.config, inputs.prepared, results.outcomes
     kinds = ("threshold", "label_thresholds", "missing_thresholds")
