@@ -294,9 +294,9 @@ def test_label_queries_row_by_row(kind, tiny_model, tiny_batch):
     """Captions read pictures, labels ask both and what was found; no padding is seen, each label has a classifier."""
     model = scramble(tiny_model(kind, fusion="label_queries", image_tokens="spatial"))
     batch = tiny_batch(kind)
-    tokens = [model.text_features(batch["input_ids"], batch["attention_mask"])]
+    tokens = [model.encode_text(batch["input_ids"], batch["attention_mask"])]
     if kind == "both":
-        tokens.insert(0, model.image_features(batch["pixel_values"]))
+        tokens.insert(0, model.encode_image(batch["pixel_values"]))
     found = logits(model, batch)
     for row in range(3):
         seen = [features[row][mask[row]] for features, mask in tokens]
@@ -493,8 +493,8 @@ def test_states_stand_for_pictures_and_captions(stages, layers, tokens, tiny_mod
     batch = tiny_batch()
     read = {"attention_mask": batch["attention_mask"]}
     states = {
-        "image_states": model.image_states(batch["pixel_values"]),
-        "text_states": model.text_states(batch["input_ids"], **read),
+        "image_features": model.frozen_image_features(batch["pixel_values"]),
+        "text_features": model.frozen_text_features(batch["input_ids"], **read),
     }
     assert not any(value.requires_grad for value in states.values())
     torch.testing.assert_close(model(**states, **read).logits, model(**batch).logits)
@@ -514,10 +514,10 @@ def test_maps_of_all_stages_are_cached_of_a_frozen_backbone_alone(tiny_model, ti
     batch = tiny_batch()
     pixels = batch["pixel_values"]
     frozen = tiny_model(unfrozen_image_stages=0, image_tokens="stages")
-    states = dict(image_states=frozen.image_states(pixels), pixel_values=None)
+    states = dict(image_features=frozen.frozen_image_features(pixels), pixel_values=None)
     torch.testing.assert_close(logits(frozen, batch | states), logits(frozen, batch))
     partly = tiny_model(unfrozen_image_stages=1, image_tokens="stages").train()
-    assert partly.image_states(pixels) is None  # the stages that train would lack the maps of the others
+    assert partly.frozen_image_features(pixels) is None  # the stages that train would lack the maps of the others
     partly(**batch, labels=torch.eye(3)).loss.backward()
     touched = {name for name, parameter in partly.image_model.named_parameters() if parameter.grad is not None}
     assert touched == trained_names(partly.image_model)
@@ -526,13 +526,13 @@ def test_maps_of_all_stages_are_cached_of_a_frozen_backbone_alone(tiny_model, ti
 
 def test_what_cannot_be_cut_has_no_states(tiny_model, tiny_batch):
     whole = tiny_model()
-    assert whole.image_states(tiny_batch()["pixel_values"]) is None
-    assert whole.text_states(**tiny_batch("text")) is None
+    assert whole.frozen_image_features(tiny_batch()["pixel_values"]) is None
+    assert whole.frozen_text_features(**tiny_batch("text")) is None
     positions = tiny_model(
         "image", image_backbone="eva02_tiny_patch14_224", image_backbone_args=EVA, unfrozen_image_stages=1
     )  # adds position embeddings outside any module: cut in two it would add them twice
     pixels = tiny_batch("image")["pixel_values"]
-    assert positions.image_states(pixels) is None
+    assert positions.frozen_image_features(pixels) is None
     assert positions(pixel_values=pixels).logits.isfinite().all()
 
 
@@ -617,7 +617,7 @@ def test_image_architectures(name, args, parts, cells, tokens, tiny_model, tiny_
     fields = dict(image_backbone=name, image_backbone_args=args, image_tokens=tokens, fusion="cross_text")
     model = tiny_model(unfrozen_image_stages=1, **fields)
     batch = tiny_batch()
-    assert model.image_features(batch["pixel_values"])[0].shape[1] == (cells if tokens == "spatial" else 1)
+    assert model.encode_image(batch["pixel_values"])[0].shape[1] == (cells if tokens == "spatial" else 1)
     names = {name for name, _ in model.image_model.named_parameters()}
     head = ("head.", "fc_norm.") if tokens == "spatial" else ()  # which spatial tokens do not pass
     assert trained_names(model.image_model) == {x for x in of(names, parts) if not x.startswith(head)}
@@ -633,7 +633,7 @@ def test_image_tokens_are_cells_of_the_map(name, tiny_model):
     args = dict(img_size=64, global_pool="avg") if name == "test_vit" else {}
     model = tiny_model(image_backbone=name, image_backbone_args=args, image_tokens="spatial")
     pixels = torch.randn(2, 3, 64, 64)
-    cells, mask = model.image_features(pixels)
+    cells, mask = model.encode_image(pixels)
     assert mask.all() and mask.shape == cells.shape[:2]
     head = model.image_model
     mean = cells.mean(1)

@@ -318,7 +318,7 @@ def test_rows_without_a_picture_do_not_run_the_image_backbone(pipe, monkeypatch)
     def fail(*_, **__):
         raise AssertionError("the image backbone ran")
 
-    monkeypatch.setattr(pipe.model, "image_features", fail)
+    monkeypatch.setattr(pipe.model, "encode_image", fail)
     assert pipe(text="a dog") and pipe([{"text": "a dog"}, {"text": "no"}], batch_size=2)
     with pytest.raises(AssertionError):
         pipe(image=Image.new("RGB", (9, 9)))

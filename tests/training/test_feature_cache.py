@@ -112,7 +112,7 @@ def test_views_differ_and_come_back_the_same(make, rows, folder):
 
 def test_every_view_is_drawn(make, rows, folder):
     cached = compute(make(), rows, folder, AUGMENTED, views=2)
-    seen = {cached[0]["image_states"].tobytes() for _ in range(40)}
+    seen = {cached[0]["image_features"].tobytes() for _ in range(40)}
     assert len(seen) == 2
 
 

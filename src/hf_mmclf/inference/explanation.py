@@ -217,11 +217,11 @@ def explain(
         if image is not None:
             picture, pixels, box = _prepare_picture(processor.image_processor, image)
             pixels = pixels.to(model.device, model.dtype)
-            seen = model.image_features(pixels)
+            seen = model.encode_image(pixels)
         if text is not None:
             spans = [match.span() for match in re.finditer(r"\S+", text)]
             tokens, pieces = _prepare_caption(processor.tokenizer, text, spans, model)
-            read = model.text_features(**tokens)
+            read = model.encode_text(**tokens)
         logits = model.classify(seen, read)[0]
         index = int(logits.argmax()) if label is None else names.index(label)
 
@@ -233,11 +233,11 @@ def explain(
 
         if image is not None:
             cells = _occlude_picture(
-                pixels, box, grid, batch_size, lambda pixels: logit(model.image_features(pixels), read)
+                pixels, box, grid, batch_size, lambda pixels: logit(model.encode_image(pixels), read)
             )
         if text is not None:
             weights = _occlude_words(
-                tokens, pieces, batch_size, lambda tokens: logit(seen, model.text_features(**tokens))
+                tokens, pieces, batch_size, lambda tokens: logit(seen, model.encode_text(**tokens))
             )
             words = [Word(text[slice(*span)], weight, span) for span, weight in zip(spans, weights, strict=True)]
         if image is not None and text is not None:

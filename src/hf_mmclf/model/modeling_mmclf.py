@@ -239,7 +239,7 @@ class MMClfForImageTextClassification(PreTrainedModel):
         return self._halves["image"]
 
     @torch.no_grad()
-    def image_states(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
+    def frozen_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
         """What the frozen part of the image backbone makes of pictures (B, 3, H, W); `forward` can go on from there.
 
         The tokens (B, N, D) where all of it is frozen, else the activations at the cut; `None` where nothing is
@@ -250,33 +250,33 @@ class MMClfForImageTextClassification(PreTrainedModel):
         halves = self._image_halves(pixel_values[:1])
         return in_chunks(halves[0].forward_features, pixel_values) if halves else None
 
-    def image_features(
+    def encode_image(
         self,
         pixel_values: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
-        states: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The image backbone's tokens and their mask, false for absent pictures: (B, 3, H, W) -> (B, N, D), (B, N).
 
-        `states` of `image_states` can stand for the pictures.
+        `features` of `frozen_image_features` can stand for the pictures.
         """
         self._recomputing = False
         backbone = self.image_model
-        if states is None:
+        if features is None:
             if image_mask is not None:  # zero times NaN is NaN: the weights' gradients must not see absent pictures
                 pixel_values = torch.where(image_mask.bool()[:, None, None, None], pixel_values, 0)
             by_parts = pixel_values.device.type == "cpu" and not (
                 torch.compiler.is_compiling() or pixel_values.requires_grad
             )
-            states = self.image_states(pixel_values) if by_parts else None
-        if states is None:
+            features = self.frozen_image_features(pixel_values) if by_parts else None
+        if features is None:
             run = partial(self._image_tokens, backbone)
             chunked = by_parts and not (self.training or torch.is_grad_enabled())
             tokens = in_chunks(run, pixel_values) if chunked else run(pixel_values)
         elif self.config.unfrozen_image_stages == 0:
-            tokens = states
+            tokens = features
         else:
-            tokens = self._image_tokens(self._halves["image"][1], states)
+            tokens = self._image_tokens(self._halves["image"][1], features)
         self._recomputing = True  # what normalisation sees from now on, in the backward pass, it has seen before
         mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         return tokens, mask if image_mask is None else mask & image_mask.bool()[:, None]
@@ -293,7 +293,7 @@ class MMClfForImageTextClassification(PreTrainedModel):
         return config.text_pooling == "pooler" and not (config.has_image or config.fusion == "label_queries")
 
     @torch.no_grad()
-    def text_states(
+    def frozen_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> torch.Tensor | None:
         """What the frozen part of the text backbone makes of captions (B, T); `forward` can go on from there.
@@ -317,27 +317,27 @@ class MMClfForImageTextClassification(PreTrainedModel):
         halves = self._halves["text"]
         return halves[0](**given).last_hidden_state if halves else None
 
-    def text_features(
+    def encode_text(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
-        states: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The text backbone's tokens and their mask, false for absent captions: (B, T) -> (B, N, D), (B, N).
 
-        A model that classifies the pooler's vector has this one token. `states` of `text_states` can stand for the
-        captions, with the mask of those.
+        A model that classifies the pooler's vector has this one token. `features` of `frozen_text_features` can stand
+        for the captions, with the mask of those.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if states is None:
+        if features is None:
             extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
             tokens = self._text_tokens(self.text_model, mask, input_ids=input_ids, **extra)
         elif self.config.unfrozen_text_layers == 0:
-            tokens = states
+            tokens = features
         else:
-            tokens = self._text_tokens(self._halves["text"][1], mask, inputs_embeds=states)
+            tokens = self._text_tokens(self._halves["text"][1], mask, inputs_embeds=features)
         mask = mask.bool()
         if self._text_is_pooled:
             mask = mask.any(1, keepdim=True)
@@ -392,8 +392,8 @@ class MMClfForImageTextClassification(PreTrainedModel):
         image_mask: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        image_states: torch.Tensor | None = None,
-        text_states: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        text_features: torch.Tensor | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple:
         r"""
@@ -408,9 +408,9 @@ class MMClfForImageTextClassification(PreTrainedModel):
             labels (`torch.FloatTensor` of shape `(batch, num_labels)`, *optional*):
                 Multi-hot targets, -1 where nobody knows. With them the output has the loss: the mean binary
                 cross-entropy of what is known, in fp32. (`MMClfTrainer` has others.)
-            image_states, text_states (`torch.FloatTensor`, *optional*):
+            image_features, text_features (`torch.FloatTensor`, *optional*):
                 What the methods of these names give, in place of `pixel_values` and of `input_ids`; `attention_mask`
-                is then that of the states.
+                is then that of the features.
 
         Returns:
             `SequenceClassifierOutput` with `logits` of shape `(batch, num_labels)`; scores are their sigmoids.
@@ -419,9 +419,9 @@ class MMClfForImageTextClassification(PreTrainedModel):
             `ValueError`: neither modality is given, or one that the model does not have.
         """
         config = self.config
-        image_states, text_states = (x if x is None else x.to(self.dtype) for x in (image_states, text_states))
-        has_image = pixel_values is not None or image_states is not None
-        has_text = input_ids is not None or text_states is not None
+        image_features, text_features = (x if x is None else x.to(self.dtype) for x in (image_features, text_features))
+        has_image = pixel_values is not None or image_features is not None
+        has_text = input_ids is not None or text_features is not None
         if has_image and not config.has_image:
             raise ValueError("got pixel_values, but this model has no image backbone")
         if has_text and not config.has_text:
@@ -432,13 +432,13 @@ class MMClfForImageTextClassification(PreTrainedModel):
 
         if self.training and config.modality_dropout and has_image and has_text:
             image_mask, text_mask = self._drop_modalities(
-                input_ids if text_states is None else text_states, image_mask, text_mask
+                input_ids if text_features is None else text_features, image_mask, text_mask
             )
         image = text = None
         if has_image:
-            image = self.image_features(pixel_values, image_mask, image_states)
+            image = self.encode_image(pixel_values, image_mask, image_features)
         if has_text:
-            text = self.text_features(input_ids, attention_mask, token_type_ids, text_mask, text_states)
+            text = self.encode_text(input_ids, attention_mask, token_type_ids, text_mask, text_features)
         logits = self.classify(image, text)
         loss = None
         if labels is not None:

@@ -65,7 +65,7 @@ class CachedRows(torch.utils.data.Dataset):
         # one view needs no draw, so that all else is drawn as it is without a cache
         views = torch.randint(self.views, (len(indices),)).tolist() if self.views > 1 else [0] * len(indices)
         table = self.states[[view * len(self) + index for view, index in zip(views, indices, strict=True)]]
-        columns = {f"{name}_states": _arrays(table[name].combine_chunks()) for name in table.column_names}
+        columns = {f"{name}_features": _arrays(table[name].combine_chunks()) for name in table.column_names}
         given = self.rows[list(indices)]
         return [{name: values[i] for name, values in {**given, **columns}.items()} for i in range(len(indices))]
 
@@ -96,18 +96,18 @@ class CachedCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self.collator(rows)
         if self.image_shape is not None:
-            found = [row["image_states"] for row in rows]
+            found = [row["image_features"] for row in rows]
             blank = np.zeros(math.prod(self.image_shape), dtype=np.float16)
             states = np.stack([states if states.size else blank for states in found])
             states = torch.from_numpy(states).unflatten(1, self.image_shape)
-            batch["image_states"] = states.permute(0, 3, 1, 2) if states.ndim == 4 else states
+            batch["image_features"] = states.permute(0, 3, 1, 2) if states.ndim == 4 else states
             batch["image_mask"] = torch.tensor([states.size > 0 for states in found])
         if self.text_width is not None:
-            found = [torch.from_numpy(row["text_states"].reshape(-1, self.text_width)) for row in rows]
+            found = [torch.from_numpy(row["text_features"].reshape(-1, self.text_width)) for row in rows]
             lengths = torch.tensor([len(states) for states in found])
             longest = max(1, int(lengths.max()))
             found[0] = torch.cat([found[0], found[0].new_zeros(longest - len(found[0]), self.text_width)])
-            batch["text_states"] = pad_sequence(found, batch_first=True)
+            batch["text_features"] = pad_sequence(found, batch_first=True)
             batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
             batch["text_mask"] = lengths > 0
         return batch
@@ -298,10 +298,10 @@ class FeatureCache:
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
             if "pixel_values" in batch:
-                states[0] = model.image_states(batch["pixel_values"])
+                states[0] = model.frozen_image_features(batch["pixel_values"])
             if "input_ids" in batch:
                 names = ("input_ids", "attention_mask", "token_type_ids")
-                states[1] = model.text_states(**{name: batch[name] for name in names if name in batch})
+                states[1] = model.frozen_text_features(**{name: batch[name] for name in names if name in batch})
         for i, found in enumerate(states):
             if found is not None:
                 found = found.movedim(1, -1) if found.ndim == 4 else found
