@@ -29,6 +29,7 @@ def write_folder(folder: Path, kind: str = "both", **fields) -> Path:
     tokenizer = load_tokenizer("train", CAPTIONS, 60)[0]
     if kind != "image":
         fields["text_config"] = dict(TEXT, vocab_size=len(tokenizer))
+        tokenizer.model_max_length = TEXT["max_position_embeddings"]
         tokenizer.save_pretrained(folder)
     if kind != "text":
         fields["image_backbone"] = "test_resnet"
