@@ -60,7 +60,7 @@ _LAZY = {
     "explain": "inference.explanation",
     "export_onnx": "export.onnx",
     "label_thresholds": "evaluation.thresholds",
-    "parse_arguments": "training.arguments",
+    "parse_arguments": "training.parser",
     "push_to_hub": "hub.push",
     "save_for_hub": "hub.push",
     "train": "training.train",

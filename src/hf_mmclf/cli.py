@@ -78,26 +78,21 @@ def _parse_finished(
     add: Callable[[argparse.ArgumentParser], None],
     folders: Sequence[str] = ("folder",),
 ) -> tuple[FinishedArguments, Any, argparse.Namespace]:
-    from transformers import HfArgumentParser
-
     from . import DataArguments
-    from .training.arguments import reject_unknown, shorten_help
+    from .training.parser import CommandParser
 
-    parser = HfArgumentParser(
+    of_training = ("validation_data", "test_data", "validation_fraction", "test_fraction", "split_seed")
+    parser = CommandParser(
         (FinishedArguments, DataArguments),
+        hidden=(*of_training, "label_names_file"),
         prog=f"hf-mmclf {command}",
         usage=f"%(prog)s {' '.join(map(str.upper, folders))} [--argument value ...]",
         description=description,
-        allow_abbrev=False,
     )
     for name in folders:
         parser.add_argument(name, help="Output folder of a training run.")
     add(parser)
-    of_training = ("validation_data", "test_data", "validation_fraction", "test_fraction", "split_seed")
-    shorten_help(parser, (*of_training, "label_names_file"))
-    *parsed, rest = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
-    reject_unknown(parser, rest)
-    return tuple(parsed)
+    return parser.parse(argv)
 
 
 def _evaluate(argv: Sequence[str]) -> None:

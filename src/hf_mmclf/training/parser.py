@@ -1,0 +1,240 @@
+"""Command lines built from dataclasses, and the arguments of a training run from flags and a YAML file.
+
+A flag is documented once: in the `Args` section of its dataclass's docstring, from which the help is written.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import re
+import shutil
+import sys
+import textwrap
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from ..data.augmentation import AugmentationArguments
+from ..data.prepare import DataArguments
+from ..inference.predictor import machine_defaults
+from ..presets import get_preset
+from .arguments import Arguments, MMClfTrainingArguments, ModelArguments, did_you_mean
+
+CLASSES = (ModelArguments, DataArguments, AugmentationArguments, MMClfTrainingArguments)
+
+# --help shows these arguments of transformers.TrainingArguments and --help_all shows the other hundred too.
+COMMON = (
+    "output_dir",
+    "learning_rate",
+    "weight_decay",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "bf16",
+    "seed",
+    "logging_steps",
+    "dataloader_num_workers",
+    "resume_from_checkpoint",
+)
+COLUMN = 24  # where the texts of the help begin
+
+
+class CommandParser(HfArgumentParser):
+    """
+    Parser of one command, with a short help and errors that name the nearest flag.
+
+    Args:
+        dataclass_types (`Sequence[type]`, *optional*):
+            Dataclasses whose fields are flags. The help shows each class as a group: its `_argument_group_name`, the
+            summary of its docstring, and the text of each field from the docstring's `Args`.
+        hidden (`Collection[str]`, *optional*):
+            Fields that the help leaves out. Their flags work nevertheless.
+        options (`Any`):
+            Arguments of `argparse.ArgumentParser`, such as `prog`, `usage`, `description` and `epilog`.
+    """
+
+    def __init__(self, dataclass_types: Sequence[type] = (), hidden: Collection[str] = (), **options: Any):
+        self.hidden, self.added = hidden, []
+        super().__init__(dataclass_types, allow_abbrev=False, **options)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """Add an argument that is no field of a dataclass; `parse` returns its value in the namespace."""
+        self.added.append(super().add_argument(*names, **options))
+        return self.added[-1]
+
+    def fields(self) -> dict[str, dataclasses.Field]:
+        """Return the fields of all dataclasses by name."""
+        return {field.name: field for kind in self.dataclass_types for field in _fields(kind)}
+
+    def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """
+        Parse flags. A wrong flag or value ends the program with a message.
+
+        Args:
+            argv (`Sequence[str]`, *optional*): The flags. Defaults to those of the process.
+
+        Returns:
+            `tuple`: One instance of each dataclass, then a namespace with the arguments of `add_argument`.
+        """
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            known = [f"--{name}" for name in self.fields()]
+            known += [spelling for action in self.added for spelling in action.option_strings]
+            self.error(f"unknown argument {flag!r}{did_you_mean(flag, known) or '; --help lists them'}")
+        values, parsed = vars(namespace), []
+        try:
+            for kind in self.dataclass_types:
+                parsed.append(kind(**{field.name: values.pop(field.name) for field in _fields(kind)}))
+        except ValueError as error:
+            self.error(" ".join(str(error).split()))
+        return (*parsed, namespace)
+
+    def format_help(self) -> str:
+        """Return the help: usage, description, added arguments, then one group for each dataclass."""
+        fields = self.fields()
+        lines = [self.format_usage(), _fill(self.description), "", "arguments:"]
+        for action in self.added:
+            if action.dest not in fields:
+                spellings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+                value = action.metavar or "VALUE" if action.option_strings and action.nargs != 0 else ""
+                name = ", ".join(spellings) or str(action.metavar or action.dest)
+                lines.append(self._entry(f"{name} {value}", action.help, action.dest))
+        for kind in self.dataclass_types:
+            summary, texts = _documentation(kind)
+            lines += ["", f"{getattr(kind, '_argument_group_name', 'more arguments')}:", _fill(summary, 2), ""]
+            for field in sorted(_fields(kind), key=lambda field: field.kw_only):  # inherited architecture last
+                if field.name not in self.hidden:
+                    text = texts.get(field.name) or field.metadata.get("help")
+                    lines.append(self._entry(f"--{field.name} {_value(field)}", text, field.name))
+        return "\n".join([*lines, "", _fill(self.epilog), ""])
+
+    def _entry(self, head: str, text: str | None, name: str) -> str:
+        """Format one argument: its flag and value, its text and its default."""
+        default = self.get_default(name)
+        default = getattr(default, "value", default)  # of an enumeration
+        shown = f" (default: {default})" if default not in (None, argparse.SUPPRESS) and default is not False else ""
+        head, body = f"  {head.strip()}", _fill(f"{text or ''}{shown}", COLUMN)
+        return f"{head:{COLUMN}}{body[COLUMN:]}" if len(head) < COLUMN - 1 else f"{head}\n{body}"
+
+
+def _fill(text: str | None, indent: int = 0) -> str:
+    width = shutil.get_terminal_size().columns - 2
+    options = dict(initial_indent=" " * indent, subsequent_indent=" " * indent, break_on_hyphens=False)
+    return textwrap.fill(text or "", width, **options)
+
+
+def _fields(kind: type) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(kind) if field.init]
+
+
+def _value(field: dataclasses.Field) -> str:
+    """Return what the help shows for the value of a flag."""
+    if typing.get_origin(field.type) is typing.Literal:
+        return f"{{{','.join(typing.get_args(field.type))}}}"
+    if typing.get_origin(field.type) is list:
+        return "VALUE ..."
+    return {int: "N", float: "X", bool: "[BOOL]", bool | None: "[BOOL]"}.get(field.type, "VALUE")
+
+
+def _documentation(kind: type) -> tuple[str, dict[str, str]]:
+    """Read the summary of a dataclass, and the text of each field from the docstrings of the class and its bases."""
+    summary, texts = "", {}
+    for base in reversed(kind.__mro__):
+        text = re.sub(r"\[`|`\]|`", "", inspect.cleandoc(base.__doc__ or ""))
+        before, _, section = text.partition("\nArgs:\n")
+        summary = " ".join(before.partition("\n\n")[0].split())
+        section = re.split(r"\n(?=\S)", section)[0]  # the lines before the next section
+        for entry in re.split(r"^ {4}(?=\S)", section, flags=re.MULTILINE)[1:]:
+            head, _, words = " ".join(entry.split()).partition("): ")
+            texts |= dict.fromkeys(head.partition(" (")[0].split(", "), words)
+    return summary, texts
+
+
+def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) -> Arguments:
+    """
+    Parse the arguments of a training run.
+
+    Four sources give values, and each overrides the ones before it: the defaults of the classes, the preset's recipe,
+    the YAML file (`--config`), and the flags.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): The flags. Defaults to those of the process.
+        prog (`str`, *optional*): Name of the program in its help.
+
+    Returns:
+        `tuple`: [`ModelArguments`], [`DataArguments`], [`AugmentationArguments`] and [`MMClfTrainingArguments`].
+
+    Raises:
+        `SystemExit`: If a flag or a value does not exist, after a message that names the valid ones.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = CommandParser(
+        CLASSES,
+        hidden={field.name for field in dataclasses.fields(TrainingArguments)} - set(COMMON),
+        prog=prog,
+        usage="%(prog)s [--config FILE] [--argument value ...]",
+        description="Train a multi-label classifier. Without arguments it trains on the embedded data set.",
+        epilog="All arguments of transformers.TrainingArguments are accepted too; --help_all lists them.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these arguments. Flags override it.")
+    parser.add_argument("--help_all", "--help-all", action="store_true", help="Show all arguments and exit.")
+    # The defaults depend on these arguments, so they are read first.
+    first = argparse.ArgumentParser(prog=prog, usage=parser.usage, add_help=False, allow_abbrev=False)
+    for name in ("config", "preset", "data"):
+        first.add_argument(f"--{name}")
+    first.add_argument("--streaming", nargs="?", const=True, type=string_to_bool)
+    first.add_argument("--help_all", "--help-all", action="store_true")
+    try:
+        config = first.parse_known_args(argv)[0].config
+        values = _read_yaml(config, parser.fields()) if config else {}
+        argv = [*_as_flags(values, parser.fields()), *argv]
+        early, _ = first.parse_known_args(argv)
+        preset = early.preset or ("warmerdbert" if early.data else "demo")
+        defaults = {**machine_defaults(), **get_preset(preset).recipe, "preset": preset}
+        if early.streaming:
+            defaults |= dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.1, save_steps=0.1)
+        parser.set_defaults(**defaults | {name: None for name, value in values.items() if value is None})
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if early.help_all:
+        parser.hidden = ()
+        parser.print_help()
+        parser.exit()
+    return parser.parse(argv)[: len(CLASSES)]
+
+
+def _read_yaml(path: str, known: Mapping[str, dataclasses.Field]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected lines such as 'learning_rate: 1e-4', got {type(values).__name__}")
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{path}: unknown argument {name!r}{did_you_mean(str(name), known)}")
+    return values
+
+
+def _as_flags(values: Mapping[str, Any], known: Mapping[str, dataclasses.Field]) -> list[str]:
+    """Return the values of a file as flags, which are converted and checked alike. `None` has no flag."""
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, list) and typing.get_origin(known[name].type) is list:
+            flags += [f"--{name}", *map(str, value)]
+        elif isinstance(value, str | int | float):  # including bool
+            flags.append(f"--{name}={value}")
+        elif value is not None:
+            flags.append(f"--{name}={json.dumps(value)}")
+    return flags
