@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # the names of _LAZY, for editors and type checkers
     from .presets import config_from_preset as config_from_preset
     from .training.arguments import MMClfTrainingArguments as MMClfTrainingArguments
     from .training.arguments import ModelArguments as ModelArguments
-    from .training.arguments import parse_arguments as parse_arguments
     from .training.losses import MultiLabelLoss as MultiLabelLoss
+    from .training.parser import parse_arguments as parse_arguments
     from .training.train import build_trainer as build_trainer
     from .training.train import train as train
     from .training.trainer import MMClfTrainer as MMClfTrainer
