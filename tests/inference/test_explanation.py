@@ -28,7 +28,9 @@ FROZEN = dict(unfrozen_image_stages=0, unfrozen_text_layers=0)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer("train", CAPTIONS, 60)[0]
+    tokenizer = load_tokenizer("train", CAPTIONS, 60)[0]
+    tokenizer.model_max_length = TEXT["max_position_embeddings"]
+    return tokenizer
 
 
 @pytest.fixture
@@ -160,6 +162,33 @@ def test_a_finer_grid_tells_more(sees_red):
     coarse, fine = (explain(sees_red, image=image, label="dog", grid=grid) for grid in (4, 16))
     assert coarse.cells.shape == (4, 4) and fine.cells.shape == (16, 16)
     assert (fine.cells > 0).mean() < (coarse.cells > 0).mean()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 16)])
+def test_nine_windows_hide_each_cell_also_at_the_edge(make, size):
+    """Fill every window by hand: each 3 x 3 cells around a cell of the image or one just outside of it."""
+    pipe, image, grid = make("image"), noise(*size), 4
+    columns, rows, edge = grid, grid * size[1] // size[0], 32 // grid
+    pixels = pipe.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    top = (32 - size[1]) // 2
+
+    def logit(row=None, column=None):
+        changed = pixels.clone()
+        inside = changed[..., top : top + size[1], :]
+        if row is not None:
+            window = (
+                slice(max(row - 1, 0) * edge, (row + 2) * edge),
+                slice(max(column - 1, 0) * edge, (column + 2) * edge),
+            )
+            inside[(..., *window)] = inside.mean((2, 3), keepdim=True)
+        with torch.no_grad():
+            return float(pipe.model(pixel_values=changed).logits[0, 1])
+
+    falls = np.array(
+        [[logit() - logit(row, column) for column in range(-1, columns + 1)] for row in range(-1, rows + 1)]
+    )
+    expected = [[falls[row : row + 3, column : column + 3].mean() for column in range(columns)] for row in range(rows)]
+    np.testing.assert_allclose(explain(pipe, image=image, label="dog", grid=grid).cells, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("caption", ["Dog on a man", "a man says:\n“a DOG!”", "no  man, no man to a dog"])
@@ -382,16 +411,16 @@ def test_a_folder_is_not_taken_for_a_pipeline():
 @pytest.mark.parametrize(
     ("kind", "given", "message"),
     [
-        ("both", dict(), "neither a picture nor a caption"),
-        ("text", dict(text=" "), "neither a picture nor a caption"),
+        ("both", dict(), "neither an image nor a text"),
+        ("text", dict(text=" "), "neither an image nor a text"),
         ("text", dict(image=picture(), text="a dog"), "got image, but this model has no image backbone"),
         ("image", dict(image=picture(), text="a dog"), "got text, but this model has no text backbone"),
         ("text", dict(text="a dog", label="dgo"), "unknown label 'dgo'; expected one of cat, dog, bird"),
         ("image", dict(image=picture(), grid=0), "grid is 0"),
         ("image", dict(image="nowhere.png"), "nowhere.png"),
-        ("image", dict(image=[picture()]), "expected one picture"),
-        ("image", dict(image=np.zeros((2, 8, 8, 3), np.uint8)), "expected one picture"),
-        ("text", dict(text=["a dog"]), "expected one picture, one caption"),
+        ("image", dict(image=[picture()]), "expected one image"),
+        ("image", dict(image=np.zeros((2, 8, 8, 3), np.uint8)), "expected one image"),
+        ("text", dict(text=["a dog"]), "expected one image, one text"),
     ],
 )
 def test_errors(make, kind, given, message):
