@@ -214,7 +214,7 @@ class TestCompare:
         before = set(here.iterdir())
         main(["compare", folders["text"], folders["image"], "--data", "train.csv", "--bad_images", "skip"])
         said = capsys.readouterr()
-        assert "4 rows of train; 1 that only one of them takes are left out" in said.out
+        assert "4 rows of train; 1 that only one model takes are left out" in said.out
         assert "Image left out: train.csv:3: the file is empty\n" in said.err and set(here.iterdir()) == before
 
 

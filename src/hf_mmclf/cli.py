@@ -245,9 +245,7 @@ def _cache(argv: Sequence[str]) -> None:
     print(caches_table(own.feature_cache_dir, own.clear))
 
 
-def _rows(
-    predictor: Any, data: Any, split: str | None, source: Any = None, labelled: bool = True
-) -> tuple[str, Any, Path]:
+def _rows(predictor: Any, data: Any, split: str | None, source: Any = None, labelled: bool = True) -> tuple:
     """Return the name of a split, its rows, and the folder of their images. Labelled rows are held-out ones."""
     prepared = predictor.prepare(data, with_labels=labelled, sources=source and {"train": source})
     _warn_of_bad_images(prepared.bad_images, data)

@@ -13,6 +13,7 @@ import dataclasses
 import io
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -122,20 +123,16 @@ class Explanation:
 
     def _lines(self) -> list[list[Word]]:
         """Break the words into lines of at most `LINE` characters."""
-        lines, room = [], 0
-        for word in self.words:
-            room -= len(word.word) + 1
-            if room < 0:
-                lines.append([])
-                room = LINE - len(word.word)
-            lines[-1].append(word)
-        return lines
+        text = " ".join(word.word for word in self.words)
+        lines = textwrap.wrap(text, LINE, break_long_words=False, break_on_hyphens=False)
+        words = iter(self.words)
+        return [[next(words) for _ in line.split()] for line in lines]
 
     def _title(self) -> str:
         title = f"{self.label}: {self.score:.3f} (threshold {self.threshold:.3f})"
-        if self.score_without_image is not None:
-            title += f"\nwithout the image {self.score_without_image:.3f}, "
-            title += f"without the text {self.score_without_text:.3f}"
+        without = (self.score_without_image, self.score_without_text)
+        if None not in without:
+            title += "\nwithout the image {:.3f}, without the text {:.3f}".format(*without)
         return title
 
     def save(self, path: str | os.PathLike) -> None:
@@ -350,7 +347,7 @@ def _mean_falls(
     return (falls @ hidden / hidden.sum(0).clamp(min=1)).reshape(occlusion.hidden.shape[1:])
 
 
-def _logits(model: MMClfForImageTextClassification, image: Features | None, text: Features | None) -> torch.Tensor:
+def _logits(model: nn.Module, image: Features | None, text: Features | None) -> torch.Tensor:
     """Return logits `(variants, labels)` of variants of one modality, with the other one the same for all of them."""
     count = max(len(features[0]) for features in (image, text) if features)
     image, text = (features and [x.expand(count, *x.shape[1:]) for x in features] for features in (image, text))

@@ -111,9 +111,7 @@ def prediction_lines(rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> 
     ]
 
 
-def _ranked(
-    rows: Dataset, scores: np.ndarray, config: MMClfConfig
-) -> Iterator[tuple[str, list[tuple[str, float, bool]]]]:
+def _ranked(rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> Iterator[tuple[str, list]]:
     """Yield the name of each row, and for each label its name, score and whether it is predicted, by falling score."""
     labels = config.label_names
     for name, row, hits in zip(_names(rows), scores, config.decide(scores, *presence(rows)), strict=True):

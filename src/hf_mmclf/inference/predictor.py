@@ -140,6 +140,12 @@ class Predictor:
         model = MMClfForImageTextClassification.from_pretrained(folder)
         return cls(folder, model, MMClfProcessor.from_pretrained(folder, trust_remote_code=False))
 
+    @property
+    def labels(self) -> LabelSet:
+        """[`LabelSet`]: The labels in the order of the logits, as the data writes them and by name."""
+        config = self.model.config
+        return LabelSet(tuple(config.label_ids or config.label_names), tuple(config.label_names))
+
     def prepare(
         self, args: DataArguments, with_labels: bool = True, sources: dict[str, Dataset] | None = None
     ) -> PreparedData:
@@ -150,8 +156,7 @@ class Predictor:
             args, with_labels, sources: As for [`prepare_data`].
         """
         config = self.model.config
-        labels = LabelSet(tuple(config.label_ids or config.label_names), tuple(config.label_names))
-        return prepare_data(args, config.has_image, config.has_text, labels, with_labels, sources)
+        return prepare_data(args, config.has_image, config.has_text, self.labels, with_labels, sources)
 
     def choose_split(
         self, prepared: PreparedData, name: str | None = None, held_out: bool = False
