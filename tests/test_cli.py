@@ -14,17 +14,19 @@ from support.training_runs import TWO_PROCESSES
 
 from hf_mmclf import PRESETS, DataArguments, Predictor, compare
 from hf_mmclf.cli import main
-from hf_mmclf.evaluation.report import prediction_lines, report, report_text
+from hf_mmclf.evaluation.report import report, report_text
 from hf_mmclf.hub import push as hub
 from hf_mmclf.inference.comparison import comparison_text
+from hf_mmclf.inference.predictions import prediction_lines
 
 SCRIPT = Path(sys.executable).with_name("hf-mmclf")
+COMMANDS = ["train", "evaluate", "compare", "predict", "push", "export", "presets", "cache"]
 IDS = {"1": "person", "3": "traffic light", "10": "dog"}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A finished folder of each kind."""
+    """A saved model of each kind."""
     return {kind: str(write_folder(tmp_path_factory.mktemp(kind), kind)) for kind in ("both", "image", "text")}
 
 
@@ -56,10 +58,10 @@ def error_of(argv, capsys):
 
 
 def scores_of(folder, table, rows=None):
-    finished = Predictor.load(folder)
-    prepared = finished.prepare(DataArguments(str(table)))
+    predictor = Predictor.load(folder)
+    prepared = predictor.prepare(DataArguments(str(table)))
     data = prepared.splits["train"] if rows is None else prepared.splits["train"].select(rows)
-    return data, finished.scores(data, prepared.folder), finished.model.config
+    return data, predictor.scores(data, prepared.folder), predictor.model.config
 
 
 def references_of(rows):
@@ -71,7 +73,7 @@ class TestMain:
     def test_usage_names_all_commands(self, argv, capsys):
         main(argv)
         text = capsys.readouterr().out
-        assert all(f"\n  {command} " in text for command in ("train", "evaluate", "compare", "predict", "presets"))
+        assert all(f"\n  {command} " in text for command in COMMANDS)
 
     def test_version(self, capsys):
         main(["--version"])
@@ -81,7 +83,7 @@ class TestMain:
         with pytest.raises(SystemExit, match="unknown command 'trian'; expected one of train, evaluate, compare"):
             main(["trian"])
 
-    @pytest.mark.parametrize("command", ["train", "evaluate", "compare", "predict", "presets"])
+    @pytest.mark.parametrize("command", COMMANDS)
     def test_help_of_each_command(self, command, capsys):
         with pytest.raises(SystemExit) as caught:
             main([command, "--help"])
@@ -106,20 +108,20 @@ class TestMain:
             (["train", "--dropout", "2"], "error: dropout is 2.0; expected a probability in [0, 1)"),
             (["train", "--output_dir", "."], ". is not empty; give another --output_dir"),
             (["evaluate"], "the following arguments are required: folder"),
-            (["evaluate", "none"], "none: no finished model here (no config.json)"),
+            (["evaluate", "none"], "none: no model here (no config.json)"),
             (["evaluate", "none", "--output", "table.csv"], "table.csv: expected a name that ends in .json"),
             (["evaluate", "none", "--split", "val"], "invalid choice: 'val'"),
             (["evaluate", "none", "--texts", "a dog"], "unknown argument '--texts'; did you mean '--text"),
             (["compare", "none"], "the following arguments are required: b"),
-            (["compare", "none", "."], "none: no finished model here (no config.json)"),
+            (["compare", "none", "."], "none: no model here (no config.json)"),
             (["compare", "none", ".", "--output", "c.csv"], "c.csv: expected a name that ends in .json"),
             (["predict", "none", "--batchsize", "3"], "unknown argument '--batchsize'; did you mean '--batch_size'?"),
-            (["predict", "none", "--texts", "a dog"], "none: no finished model here (no config.json)"),
+            (["predict", "none", "--texts", "a dog"], "none: no model here (no config.json)"),
             (["predict", "none"], "expected either --data (a table) or --images and --texts"),
             (["predict", "none", "--texts", "a", "--data", "x"], "expected either --data (a table) or"),
             (["predict", "none", "--texts", "a", "--output", "p.txt"], "p.txt: expected a name that ends in .csv or"),
-            (["predict", "none", "--images", "a.jpg", "b.jpg"], "no such picture: a.jpg, b.jpg"),
-            (["presets", "--all"], "unrecognized arguments: --all"),
+            (["predict", "none", "--images", "a.jpg", "b.jpg"], "no such image: a.jpg, b.jpg"),
+            (["presets", "--all"], "unknown argument '--all'"),
         ],
     )
     def test_errors_are_one_line(self, argv, message, here, capsys):
@@ -130,7 +132,7 @@ class TestMain:
         command = [SCRIPT, "predict", "none", "--texts", "a dog"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=here)
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.splitlines()[-1].startswith("hf-mmclf predict: error: none: no finished model here")
+        assert done.stderr.splitlines()[-1].startswith("hf-mmclf predict: error: none: no model here")
         assert "Traceback" not in done.stderr
 
 
@@ -150,10 +152,10 @@ class TestEvaluate:
     def test_prints_the_table_and_writes_all_figures(self, folders, table, here, capsys):
         main(["evaluate", folders["both"], "--data", str(table), "--output", "new/metrics.json"])
         out = capsys.readouterr().out
-        finished = Predictor.load(folders["both"])
+        predictor = Predictor.load(folders["both"])
         rows, scores, config = scores_of(folders["both"], table)
-        expected = {"train": report(scores, references_of(range(5)), config, rows)}
-        expected["train"]["ablations"] = finished.evaluate(rows, here)["ablations"]
+        expected = {"train": report(scores, references_of(range(5)), config, texts=CAPTIONS)}
+        expected["train"]["ablations"] = predictor.evaluate(rows, here)["ablations"]
         written = json.loads((here / "new" / "metrics.json").read_text())
         assert written == json.loads(json.dumps(expected))
         assert report_text(expected) in out and out.endswith("All figures: new/metrics.json\n")
@@ -161,7 +163,7 @@ class TestEvaluate:
     def test_ablations_can_be_left_out(self, folders, table, here, capsys):
         main(["evaluate", folders["both"], "--data", str(table), "--no_ablations"])
         assert "ablations" not in json.loads((here / "metrics.json").read_text())["train"]
-        assert "pictures only" not in capsys.readouterr().out
+        assert "images only" not in capsys.readouterr().out
 
     def test_writes_metrics_json_here_but_never_over_the_training_runs(self, table, here, monkeypatch, capsys):
         folder = write_folder(here / "model", "text")
@@ -181,7 +183,9 @@ class TestEvaluate:
         figures = json.loads((here / "metrics.json").read_text())
         own, scores, config = scores_of(folder, table, rows)
         assert list(figures) == [name]
-        assert figures[name] == json.loads(json.dumps(report(scores, references_of(rows), config, own)))
+        assert figures[name] == json.loads(
+            json.dumps(report(scores, references_of(rows), config, texts=own["text"][:]))
+        )
 
     def test_unlabelled_rows(self, folders, here, capsys):
         table = write_table(here, "test.csv", labelled=False)
@@ -205,13 +209,13 @@ class TestCompare:
         assert out == f"{comparison_text(expected)}\n\nAll figures and rows: new/c.json\n"
         assert expected["only_one_right"]  # else the table would say nothing
 
-    def test_writes_nothing_unasked_and_tells_bad_pictures(self, folders, table, here, capsys):
+    def test_writes_nothing_unasked_and_tells_bad_images(self, folders, table, here, capsys):
         (here / "1.jpg").write_bytes(b"")
         before = set(here.iterdir())
         main(["compare", folders["text"], folders["image"], "--data", "train.csv", "--bad_images", "skip"])
         said = capsys.readouterr()
-        assert "4 rows of train; 1 that only one of them takes are left out" in said.out
-        assert "Picture left out: train.csv:3: the file is empty\n" in said.err and set(here.iterdir()) == before
+        assert "4 rows of train; 1 that only one model takes are left out" in said.out
+        assert "Image left out: train.csv:3: the file is empty\n" in said.err and set(here.iterdir()) == before
 
 
 class TestPredict:
@@ -242,12 +246,12 @@ class TestPredict:
             assert set(line["labels"]) == {name for name, score in line["scores"].items() if score >= 0.5}
 
     @pytest.mark.parametrize("in_folder", [False, True])
-    def test_pictures_and_captions_to_the_screen(self, in_folder, folders, here, capsys):
-        (here / "pictures").mkdir()
-        table = write_table(here / "pictures")
-        names = [f"{row}.jpg" if in_folder else f"pictures/{row}.jpg" for row in (4, 1)]
+    def test_images_and_texts_to_the_screen(self, in_folder, folders, here, capsys):
+        (here / "images").mkdir()
+        table = write_table(here / "images")
+        names = [f"{row}.jpg" if in_folder else f"images/{row}.jpg" for row in (4, 1)]
         flags = ["--images", *names, "--texts", CAPTIONS[4], CAPTIONS[1]]
-        main(["predict", folders["both"], *flags, *(["--image_dir", "pictures"] if in_folder else [])])
+        main(["predict", folders["both"], *flags, *(["--image_dir", "images"] if in_folder else [])])
         rows, scores, config = scores_of(folders["both"], table, [4, 1])
         expected = [line.partition(": ")[2] for line in prediction_lines(rows, scores, config)]
         assert expected[0] != expected[1]
@@ -264,11 +268,11 @@ class TestPredict:
     @pytest.mark.parametrize(
         "kind, flags, message",
         [
-            ("both", ["--images", "0.jpg", "1.jpg", "--texts", "a"], "2 pictures, but 1 captions; expected one"),
-            ("both", ["--images", "0.jpg", "none.jpg"], "error: no such picture: none.jpg"),
-            ("image", ["--images", "notes.jpg"], "row 1: cannot read the picture notes.jpg: not a picture of a known"),
-            ("image", ["--texts", "a dog"], "1 of 1 rows have no picture, which this model needs"),
-            ("text", ["--images", "0.jpg"], "1 of 1 rows have no caption, which this model needs"),
+            ("both", ["--images", "0.jpg", "1.jpg", "--texts", "a"], "2 images, but 1 texts; expected one"),
+            ("both", ["--images", "0.jpg", "none.jpg"], "error: no such image: none.jpg"),
+            ("image", ["--images", "notes.jpg"], "error: row 1: cannot read the "),
+            ("image", ["--texts", "a dog"], "1 of 1 rows have no "),
+            ("text", ["--images", "0.jpg"], "1 of 1 rows have no "),
             ("text", ["--data", "train.csv", "--split", "test"], "no split 'test'; the source has train"),
             (
                 "text",
@@ -278,25 +282,25 @@ class TestPredict:
         ],
     )
     def test_what_cannot_be_predicted(self, kind, flags, message, folders, table, here, capsys):
-        (here / "notes.jpg").write_text("not a picture")
+        (here / "notes.jpg").write_text("not an image")
         assert message in error_of(["predict", folders[kind], *flags, "--output", "p.csv"], capsys)
         assert not (here / "p.csv").exists()
 
-    def test_bad_picture_in_a_worker_process_is_one_line_too(self, folders, table, here, capsys):
-        (here / "4.jpg").write_text("not a picture")
+    def test_bad_image_in_a_worker_process_is_one_line_too(self, folders, table, here, capsys):
+        (here / "4.jpg").write_text("not an image")
         argv = ["predict", folders["image"], "--data", "train.csv", "--batch_size", "1"]
         message = error_of(argv, capsys)
-        assert message.startswith("hf-mmclf predict: error: train.csv:6: cannot read the picture 4.jpg: ")
-        assert message.endswith("keeps them without a picture")
+        assert message.startswith("hf-mmclf predict: error: train.csv:6: cannot read the ") and "4.jpg" in message
+        assert "--bad_images missing keeps them" in message
 
     @pytest.mark.parametrize("command, flags", [("predict", ["--output", "p.csv"]), ("evaluate", [])])
-    @pytest.mark.parametrize("policy, fate", [("skip", "left out"), ("missing", "taken as absent")])
-    def test_bad_pictures_that_are_put_up_with_are_listed(
+    @pytest.mark.parametrize("policy, fate", [("skip", "left out"), ("missing", "taken as missing")])
+    def test_bad_images_that_are_put_up_with_are_listed(
         self, command, flags, policy, fate, folders, table, here, capsys
     ):
         (here / "1.jpg").write_bytes(b"")
         main([command, folders["both"], "--data", "train.csv", "--bad_images", policy, *flags])
-        assert f"Picture {fate}: train.csv:3: the file is empty\n" in capsys.readouterr().err
+        assert f"Image {fate}: train.csv:3: the file is empty\n" in capsys.readouterr().err
         rows = 4 if policy == "skip" else 5
         if command == "predict":
             assert len((here / "p.csv").read_text().splitlines()) == 1 + rows
@@ -304,7 +308,7 @@ class TestPredict:
             assert json.loads((here / "metrics.json").read_text())["train"]["rows"] == rows
 
 
-def test_picture_upright_and_in_any_mode(folders, here, capsys):
+def test_image_upright_and_in_any_mode(folders, here, capsys):
     """What a person has on the disk: the command decodes as training does, not as `PIL.Image.open` alone."""
     upright = Image.new("RGB", (30, 20), "red")
     upright.paste("blue", (0, 0, 15, 20))
@@ -340,7 +344,7 @@ class TestPush:
 
     def test_errors_are_one_line(self, folders, capsys):
         assert "expected user/name" in error_of(["push", folders["both"], "toys"], capsys)
-        assert "no finished model here" in error_of(["push", "nowhere", "user/toys"], capsys)
+        assert "no model here" in error_of(["push", "nowhere", "user/toys"], capsys)
         assert "not allowed with" in error_of(["push", "a", "b/c", "--private", "--public"], capsys)
 
 
@@ -352,7 +356,7 @@ class TestExport:
         assert "model_int8.onnx" in said and said.endswith("\nOutput folder: out\n") and "f1" in said.lower()
 
     def test_errors_are_one_line(self, folders, capsys):
-        assert "no finished model here" in error_of(["export", "nowhere", "--onnx"], capsys)
+        assert "no model here" in error_of(["export", "nowhere", "--onnx"], capsys)
         assert "--onnx" in error_of(["export", folders["both"]], capsys)
 
 

@@ -1,341 +1,269 @@
-"""The command `hf-mmclf`: train, evaluate, compare, predict, push, export, presets, cache."""
+"""The command `hf-mmclf`: one function a command, thin over the package's public names."""
 
-import argparse
 import dataclasses
-import json
+import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import logging
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+logger = logging.get_logger(__name__)
 
-    from .data.prepare import DataArguments
+# Flags of DataArguments that serve training alone; the help of the other commands leaves them out.
+OF_TRAINING = ("validation_data", "test_data", "validation_fraction", "test_fraction", "split_seed")
+OF_TRAINING += ("label_names_file", "streaming", "shuffle_buffer", "validation_rows")
+FOLDER = dict(help="Output folder of a training run.")
 
-USAGE = """usage: hf-mmclf COMMAND [arguments]
 
-Several labels for every picture with a caption.
+@dataclasses.dataclass
+class PredictorArguments:
+    """
+    Which rows are used, and how many at once.
 
-  train      train a model                      hf-mmclf train --data table.csv --image_dir pictures
-  evaluate   F1 and more on labelled rows       hf-mmclf evaluate FOLDER --data table.csv
-  compare    which of two models is better      hf-mmclf compare A B --data table.csv
-  predict    labels for pictures and captions   hf-mmclf predict FOLDER --images a.jpg --texts "a dog"
-  push       a finished model to the Hub        hf-mmclf push FOLDER user/name
-  export     a finished model as ONNX           hf-mmclf export FOLDER --onnx
-  presets    the systems that can be trained    hf-mmclf presets
-  cache      features kept from training runs   hf-mmclf cache --clear
+    Args:
+        split (`str`, *optional*):
+            Split of the source or, if it has none, of the training run. Default: the last one there is.
+        batch_size (`int`, *optional*, defaults to 64): Rows in one forward pass of one process.
+    """
 
-`hf-mmclf COMMAND --help` tells all about one of them, `hf-mmclf --version` which version this is.
-"""
+    _argument_group_name = "rows"
+
+    split: Literal["train", "validation", "test"] | None = None
+    batch_size: int = 64
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command; errors in what a person gave are one line, not a traceback."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "evaluate": _evaluate, "compare": _compare, "predict": _predict, "push": _push}
-    commands |= {"export": _export, "presets": _presets, "cache": _cache}
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    if argv[0] == "--version":
+    """
+    Run one command. Wrong input ends it with an error message of one line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): The command and its arguments. Defaults to those of the process.
+
+    Raises:
+        `SystemExit`: after a help text or an error message.
+    """
+    name, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    functions = (_train, _evaluate, _compare, _predict, _push, _export, _presets, _cache)
+    commands = {function.__name__[1:]: function for function in functions}
+    if name in ("-h", "--help"):
+        print("usage: hf-mmclf COMMAND [arguments]\n\nImage and text multi-label classification.\n")
+        for command, function in commands.items():
+            print(f"  {command:10} {inspect.getdoc(function).splitlines()[0]}")
+        print("\n`hf-mmclf COMMAND --help` describes a command, `hf-mmclf --version` prints the version.")
+    elif name == "--version":
         print(f"hf-mmclf {version('hf_mmclf')}")
-        return
-    if argv[0] not in commands:
-        sys.exit(f"hf-mmclf: unknown command {argv[0]!r}; expected one of {', '.join(commands)}")
-    try:
-        commands[argv[0]](argv[1:])
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-        # what a worker process raises has its traceback in the message, and a configuration the name of its check
-        message = re.sub(r"^(Caught|Class validation) .*\n\s*\w*Error: ", "", str(error), flags=re.DOTALL)
-        sys.exit(f"hf-mmclf {argv[0]}: error: {' '.join(message.split())}")
+    elif name not in commands:
+        sys.exit(f"hf-mmclf: unknown command {name!r}; expected one of {', '.join(commands)}")
+    else:
+        try:
+            commands[name](argv)
+        except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+            # An error of a worker process contains its traceback, an error of a configuration the name of the check.
+            message = re.sub(r"^(Caught|Class validation) .*\n\s*\w*Error: ", "", str(error), flags=re.DOTALL)
+            sys.exit(f"hf-mmclf {name}: error: {' '.join(message.split())}")
+
+
+def _parse(function: Callable, argv: Sequence[str], arguments: Mapping[str, dict], reads_rows: bool = True) -> tuple:
+    """Parse `arguments` of the command that `function` runs and, if it reads rows, those of two dataclasses."""
+    from . import DataArguments
+    from .training.parser import CommandParser
+
+    parser = CommandParser(
+        (PredictorArguments, DataArguments) if reads_rows else (),
+        hidden=OF_TRAINING,
+        prog=f"hf-mmclf {function.__name__[1:]}",
+        description=inspect.getdoc(function),
+    )
+    for name, options in arguments.items():
+        parser.add_argument(name, **options)
+    if reads_rows:
+        folders = [name.upper() for name in arguments if not name.startswith("-")]
+        parser.usage = f"%(prog)s {' '.join(folders)} [--argument value ...]"
+    return parser.parse(argv)
 
 
 def _train(argv: Sequence[str]) -> None:
+    """Train a model."""
     from . import parse_arguments, train
 
     train(*parse_arguments(argv, prog="hf-mmclf train"))
 
 
-@dataclasses.dataclass
-class FinishedArguments:
-    """What `evaluate`, `compare`, `predict` and `export` share."""
-
-    split: Literal["train", "validation", "test"] | None = dataclasses.field(
-        default=None, metadata={"help": "Which rows: those of the source's split, or of training's if it has none."}
-    )
-    batch_size: int = dataclasses.field(default=64, metadata={"help": "Rows in one forward pass of one process."})
-
-
-def _parse_finished(
-    command: str,
-    description: str,
-    argv: Sequence[str],
-    add: Callable[[argparse.ArgumentParser], None],
-    folders: Sequence[str] = ("folder",),
-) -> tuple[FinishedArguments, Any, argparse.Namespace]:
-    from . import DataArguments
-    from .training.parser import CommandParser
-
-    of_training = ("validation_data", "test_data", "validation_fraction", "test_fraction", "split_seed")
-    parser = CommandParser(
-        (FinishedArguments, DataArguments),
-        hidden=(*of_training, "label_names_file"),
-        prog=f"hf-mmclf {command}",
-        usage=f"%(prog)s {' '.join(map(str.upper, folders))} [--argument value ...]",
-        description=description,
-    )
-    for name in folders:
-        parser.add_argument(name, help="Output folder of a training run.")
-    add(parser)
-    return parser.parse(argv)
-
-
 def _evaluate(argv: Sequence[str]) -> None:
-    def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--output", default="metrics.json", help="File for the figures.")
-        parser.add_argument(
-            "--no_ablations",
-            action="store_true",
-            help="Leave out what is left without captions, without pictures, and with captions of other rows: three "
-            "more passes over the rows.",
-        )
+    """Print F1 and more of a model on labelled rows, at 0.5 and at its own thresholds.
 
-    about = (
-        "F1 and more of a finished model on labelled rows, at 0.5 and at the model's own thresholds: on the test rows "
-        "if the source has splits or training split it, else on validation rows, else on all."
-    )
-    options, data, own = _parse_finished("evaluate", about, argv, add)
+    The rows are the test rows if the source has splits or training split it, else the validation rows, else all rows.
+    """
+    no_ablations = "Leave out the figures without texts, without images and with shuffled texts: three more passes."
+    arguments = {
+        "folder": FOLDER,
+        "--output": dict(default="metrics.json", help="File for the figures (.json)."),
+        "--no_ablations": dict(action="store_true", help=no_ablations),
+    }
+    options, data, own = _parse(_evaluate, argv, arguments)
+    from . import Predictor
     from .evaluation.report import report_text
-    from .inference.predictions import atomic_file, check_suffix
-    from .inference.predictor import Predictor
+    from .inference.predictions import check_suffix, write_json
 
     check_suffix(own.output, (".json",))
     if Path(own.output).resolve() == Path(own.folder, "metrics.json").resolve():
         raise FileExistsError(f"{own.output} holds the figures of the training run; give another --output")
-    finished = Predictor.load(own.folder)
-    prepared = finished.prepare(data)
-    _print_bad_images(prepared.bad_images, data)
-    name, rows = finished.choose_split(prepared, options.split, held_out=True)
-    figures = finished.evaluate(rows, prepared.folder, options.batch_size, not own.no_ablations)
-    if not _is_main_process():
-        return
-    print(report_text({name: figures}))
-    with atomic_file(own.output) as file:
-        json.dump({name: figures}, file, indent=2, ensure_ascii=False)
-    print(f"\nAll figures: {own.output}")
+    predictor = Predictor.load(own.folder)
+    name, rows, folder = _rows(predictor, data, options.split)
+    figures = {name: predictor.evaluate(rows, folder, options.batch_size, not own.no_ablations)}
+    if _is_main_process():
+        print(report_text(figures))
+        write_json(own.output, figures)
+        print(f"\nAll figures: {own.output}")
 
 
 def _compare(argv: Sequence[str]) -> None:
-    def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--output", help="File for the figures and for all rows that only one has right (.json).")
+    """Compare F1 of two models on the same labelled rows, each at its own thresholds.
 
-    about = (
-        "F1 of two finished models on the same labelled rows, each at its own thresholds; of the difference a 95% "
-        "interval by the paired bootstrap, the share of resamples in which B is not better, and a two-sided p value. "
-        "The rows are those that evaluate takes for both."
-    )
-    options, data, own = _parse_finished("compare", about, argv, add, ("a", "b"))
+    Of the difference, the table shows a 95% interval by the paired bootstrap, the share of resamples in which B is not
+    better, and a two-sided p value. The rows are those that evaluate takes for both models.
+    """
+    output = "File for the figures and for all rows that only one model has right (.json)."
+    options, data, own = _parse(_compare, argv, {"a": FOLDER, "b": FOLDER, "--output": dict(help=output)})
     from . import Predictor, compare
     from .inference.comparison import comparison_text
-    from .inference.predictions import atomic_file, check_suffix
+    from .inference.predictions import check_suffix, write_json
 
     if own.output:
         check_suffix(own.output, (".json",))
-    models = [Predictor.load(folder) for folder in (own.a, own.b)]
-    comparison = compare(*models, data, options.split, options.batch_size)
-    _print_bad_images(comparison["bad_images"], data)
-    if not _is_main_process():
-        return
-    print(comparison_text(comparison))
-    if own.output:
-        with atomic_file(own.output) as file:
-            json.dump(comparison, file, indent=2, ensure_ascii=False)
-        print(f"\nAll figures and rows: {own.output}")
+    comparison = compare(Predictor.load(own.a), Predictor.load(own.b), data, options.split, options.batch_size)
+    _warn_of_bad_images(comparison["bad_images"], data)
+    if _is_main_process():
+        print(comparison_text(comparison))
+        if own.output:
+            write_json(own.output, comparison)
+            print(f"\nAll figures and rows: {own.output}")
 
 
 def _predict(argv: Sequence[str]) -> None:
-    def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--images", nargs="+", help="Picture files, instead of --data.")
-        parser.add_argument("--texts", nargs="+", help="Captions, one for each picture, or on their own.")
-        parser.add_argument(
-            "--output", help=".csv: ImageID,Labels as in the competition; .jsonl: with scores. Default: to the screen."
-        )
+    """Predict labels for images and texts, at the model's own thresholds.
 
-    about = (
-        "Labels for pictures and captions, by the model's own thresholds: of all rows of a table, of the test rows if "
-        "the source has splits."
-    )
-    options, data, own = _parse_finished("predict", about, argv, add)
-    from .inference.predictions import PREDICTION_SUFFIXES, check_suffix, prediction_lines, write_predictions
-    from .inference.predictor import Predictor
+    The rows are all rows of a table, or the test rows if the source has splits.
+    """
+    output = "File: .csv for ImageID,Labels as in the competition, .jsonl for labels and scores. Default: print them."
+    arguments = {
+        "folder": FOLDER,
+        "--images": dict(nargs="+", help="Image files, in place of --data."),
+        "--texts": dict(nargs="+", help="Texts: one for each image, or texts without images."),
+        "--output": dict(help=output),
+    }
+    options, data, own = _parse(_predict, argv, arguments)
+    from . import Predictor
+    from .inference import predictions
 
     given = own.images or own.texts
     if bool(given) == bool(data.data):
         raise ValueError("expected either --data (a table) or --images and --texts")
     if own.output:
-        check_suffix(own.output, PREDICTION_SUFFIXES)
-    sources = {"train": _rows_of(own.images, own.texts, Path(data.image_dir or "."))} if given else None
-    finished = Predictor.load(own.folder)
-    prepared = finished.prepare(data, with_labels=False, sources=sources)
-    _print_bad_images(prepared.bad_images, data)
-    name, rows = finished.choose_split(prepared, options.split)
-    scores = finished.scores(rows, prepared.folder, options.batch_size)
-    if not _is_main_process():
-        return
-    if own.output:
-        write_predictions(own.output, rows, scores, finished.model.config)
-        print(f"{len(rows):,} rows of {name}: {own.output}")
-    else:
-        print("\n".join(prediction_lines(rows, scores, finished.model.config)))
+        predictions.check_suffix(own.output, predictions.PREDICTION_SUFFIXES)
+    source = predictions.rows_of(own.images, own.texts, data.image_dir or ".") if given else None
+    predictor = Predictor.load(own.folder)
+    name, rows, folder = _rows(predictor, data, options.split, source, labelled=False)
+    scores = predictor.scores(rows, folder, options.batch_size)
+    if _is_main_process():
+        if own.output:
+            predictions.write_predictions(own.output, rows, scores, predictor.model.config)
+            print(f"{len(rows):,} rows of {name}: {own.output}")
+        else:
+            print("\n".join(predictions.prediction_lines(rows, scores, predictor.model.config)))
 
 
 def _push(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="hf-mmclf push",
-        description="Puts a finished model on the Hub, as one commit. After a dropped connection the same command "
-        "goes on. The token is that of `hf auth login` or of the environment variable HF_TOKEN.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("folder", help="Output folder of a training run.")
-    parser.add_argument("repo_id", metavar="user/name", help="Repository; it is made if it is not there.")
-    seen = parser.add_mutually_exclusive_group()
-    seen.add_argument("--private", action="store_const", const=True, help="Only you and your organisation see it.")
-    seen.add_argument("--public", action="store_const", const=False, dest="private", help="All see it.")
-    parser.add_argument("--revision", help="Branch to push to (default: main).")
-    parser.add_argument("--tag", help="A name for this commit, to load it by.")
-    parser.add_argument("--message", help="What the commit is about (default: Upload model).")
+    """Upload a model to the Hub as one commit.
+
+    After a broken connection, run the same command again to continue. The token is that of `hf auth login` or of the
+    environment variable HF_TOKEN.
+    """
+    arguments = {
+        "folder": FOLDER,
+        "repo_id": dict(metavar="user/name", help="Repository; it is created if it does not exist."),
+        "--private": dict(action="store_true", help="Only you and your organisation see the repository."),
+        "--public": dict(action="store_true", help="Everyone sees the repository."),
+        "--revision": dict(help="Branch to push to (default: main)."),
+        "--tag": dict(help="Name of the commit, to load it by."),
+        "--message": dict(help="Message of the commit (default: Upload model)."),
+    }
+    (own,) = _parse(_push, argv, arguments, reads_rows=False)
     from . import push_to_hub
 
-    push_to_hub(**vars(parser.parse_args(argv)))
+    options = vars(own)
+    private, public = options.pop("private"), options.pop("public")
+    if private and public:
+        raise ValueError("--public is not allowed with --private")
+    push_to_hub(**options, private=private if private or public else None)
 
 
 def _export(argv: Sequence[str]) -> None:
-    def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--onnx", action="store_true", required=True, help="The form to export to.")
-        parser.add_argument("--int8", action="store_true", help="Also quantised, with a report of what it costs.")
-        parser.add_argument("--output", help="Folder to write to (default: FOLDER/onnx).")
+    """Write a model as one ONNX file, with a script that runs it without this package.
 
-    about = (
-        "A finished model as one ONNX file that holds all a prediction takes, and a script that runs it with "
-        "onnxruntime, numpy and Pillow alone. It is compared with the model on the rows of --data, else on rows of "
-        "the embedded data set."
-    )
-    options, data, own = _parse_finished("export", about, argv, add)
+    The file holds everything that a prediction needs. It is compared with the model on the rows of --data, or else on
+    rows of the embedded data set.
+    """
+    arguments = {
+        "folder": FOLDER,
+        "--onnx": dict(action="store_true", required=True, help="Write ONNX; there is no other format."),
+        "--int8": dict(action="store_true", help="Write a quantized model too, and report what it costs."),
+        "--output": dict(help="Folder to write to (default: FOLDER/onnx)."),
+    }
+    options, data, own = _parse(_export, argv, arguments)
     from . import Predictor, export_onnx
 
-    finished = Predictor.load(own.folder)
-    rows, folder = None, None
-    if data.data:
-        prepared = finished.prepare(data)
-        _print_bad_images(prepared.bad_images, data)
-        (_, rows), folder = finished.choose_split(prepared, options.split, held_out=True), prepared.folder
-    export_onnx(finished, own.output, own.int8, rows, folder)
+    predictor = Predictor.load(own.folder)
+    rows, folder = _rows(predictor, data, options.split)[1:] if data.data else (None, None)
+    export_onnx(predictor, own.output, own.int8, rows, folder)
     print(f"\nOutput folder: {own.output or Path(own.folder, 'onnx')}")
 
 
+def _presets(argv: Sequence[str]) -> None:
+    """Print the systems that can be trained, with the poster's figures."""
+    arguments = {"--markdown": dict(action="store_true", help="Print the table in Markdown.")}
+    (own,) = _parse(_presets, argv, arguments, reads_rows=False)
+    from .presets import presets_table
+
+    print(presets_table(own.markdown))
+
+
+def _cache(argv: Sequence[str]) -> None:
+    """Print the feature caches of training runs, the last used one at the end, or remove them."""
+    arguments = {
+        "--feature_cache_dir": dict(type=Path, help="Folder of the caches (default: beside those of the Hub)."),
+        "--clear": dict(action="store_true", help="Remove the caches."),
+    }
+    (own,) = _parse(_cache, argv, arguments, reads_rows=False)
+    from .training.feature_cache import caches_table
+
+    print(caches_table(own.feature_cache_dir, own.clear))
+
+
+def _rows(predictor: Any, data: Any, split: str | None, source: Any = None, labelled: bool = True) -> tuple:
+    """Return the name of a split, its rows, and the folder of their images. Labelled rows are held-out ones."""
+    prepared = predictor.prepare(data, with_labels=labelled, sources=source and {"train": source})
+    _warn_of_bad_images(prepared.bad_images, data)
+    return *predictor.choose_split(prepared, split, held_out=labelled), prepared.folder
+
+
+def _warn_of_bad_images(bad_images: Sequence[tuple[str, str]], data: Any) -> None:
+    fate = "left out" if data.bad_images == "skip" else "taken as missing"
+    for where, reason in bad_images:
+        logger.warning(f"Image {fate}: {where}: {reason}")
+
+
 def _is_main_process() -> bool:
-    """Whether this process speaks and writes; `accelerate launch` starts several, and all have all the scores."""
+    """Return whether this process prints and writes; `accelerate launch` starts several, and all have the scores."""
     import torch
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.accelerator.is_available()).is_main_process
-
-
-def _print_bad_images(bad_images: Sequence[tuple[str, str]], args: "DataArguments") -> None:
-    if not _is_main_process():
-        return
-    for where, reason in bad_images:
-        fate = "left out" if args.bad_images == "skip" else "taken as absent"
-        print(f"Picture {fate}: {where}: {reason}", file=sys.stderr)
-
-
-def _rows_of(images: list[str] | None, texts: list[str] | None, folder: Path) -> "Dataset":
-    from datasets import Dataset
-
-    if images and texts and len(images) != len(texts):
-        raise ValueError(f"{len(images)} pictures, but {len(texts)} captions; expected one caption for each picture")
-    missing = [image for image in images or [] if not (folder / image).is_file()]
-    if missing:
-        raise FileNotFoundError(f"no such picture: {', '.join(missing)}")
-    count = len(images or texts)
-    where = [f"row {row}" for row in range(1, count + 1)]
-    return Dataset.from_dict({"image": images or [None] * count, "text": texts or [None] * count, "where": where})
-
-
-def _presets(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="hf-mmclf presets", description="The systems as a table; F1, threshold and MB are the poster's."
-    )
-    parser.parse_args(argv)
-    print(presets_table())
-
-
-def presets_table() -> str:
-    """The presets as plain text: architecture and, for the poster's eighteen, what it reports of them."""
-    from .evaluation.metrics import metrics_table
-    from .presets import PRESETS, Poster, config_from_preset
-
-    rows = []
-    for name, preset in PRESETS.items():
-        config, poster = config_from_preset(name), preset.poster
-        both = config.has_image and config.has_text
-        unfrozen = (config.unfrozen_image_stages, config.unfrozen_text_layers)
-        row = {
-            "preset": name,
-            "image backbone": (config.image_backbone or "-").removesuffix(".tv_in1k"),
-            "text backbone": (config.text_backbone or "own").split("/")[-1] if config.has_text else "-",
-            "fusion": config.fusion + (" + norm" if config.fusion_norm else "") if both else "-",
-            "unfrozen": "all" if unfrozen == (None, None) else "{} / {}".format(*unfrozen),
-            "width": config.width if both else None,
-        }
-        for field in dataclasses.fields(Poster):
-            row[field.name.replace("_", " ")] = getattr(poster, field.name) if poster else None
-        rows.append(row)
-    return metrics_table(rows)
-
-
-def _cache(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="hf-mmclf cache",
-        description="The feature caches that `hf-mmclf train --cache_features` has filled, that used last at the end.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--feature_cache_dir", type=Path, help="Folder of the caches (default: beside those of the Hub)."
-    )
-    parser.add_argument("--clear", action="store_true", help="Remove them.")
-    own = parser.parse_args(argv)
-    import shutil
-    import time
-
-    from .evaluation.metrics import metrics_table
-    from .training.feature_cache import cache_entries, default_folder, folder_size, in_words
-
-    place = own.feature_cache_dir or default_folder()
-    entries = cache_entries(place)
-    if not entries:
-        print(f"No feature cache in {place}")
-        return
-    rows, total = [], 0
-    for folder, about in entries:
-        total += (size := folder_size(folder))
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / "about.json").stat().st_mtime))
-        row = {
-            "cache": folder.name,
-            "image backbone": about["image_backbone"],
-            "text backbone": about["text_backbone"],
-        }
-        rows.append(row | {"size": in_words(size), "last used": used})
-    print(metrics_table(rows))
-    if own.clear:
-        for folder, _ in entries:
-            shutil.rmtree(folder)
-    print(f"\n{in_words(total)} {'removed from' if own.clear else 'in'} {place}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ AVERAGES = {"f1": "micro", "f1_macro": "macro", "f1_samples": "samples"}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A finished folder of two kinds, each with a threshold at which it has another row right."""
+    """A saved model of two kinds, each with a threshold at which it has another row right."""
     thresholds = {"both": 0.2, "text": 0.85}
     return {kind: write_folder(tmp_path_factory.mktemp(kind), kind, threshold=t) for kind, t in thresholds.items()}
 
@@ -29,9 +29,9 @@ def table(tmp_path_factory):
 
 
 def decisions_of(folder, table):
-    finished = Predictor.load(folder)
-    prepared = finished.prepare(DataArguments(str(table)))
-    return finished.scores(prepared.splits["train"], prepared.folder) >= finished.model.config.threshold
+    predictor = Predictor.load(folder)
+    prepared = predictor.prepare(DataArguments(str(table)))
+    return predictor.scores(prepared.splits["train"], prepared.folder) >= predictor.model.config.threshold
 
 
 def reordered(folder, order, to):
@@ -101,7 +101,7 @@ def test_other_labels_are_an_error_that_names_them(folders, table, tmp_path):
     config["label_ids"] = ["1", "4", "10"]
     (other / "config.json").write_text(json.dumps(config))
     models = [Predictor.load(folder) for folder in (folders["both"], other)]
-    message = "the models have different labels: only .*both.* knows 3; only .*other knows 4. Expected the same set"
+    message = "the models have different labels: only .*both.* has 3; only .*other has 4. Expected the same set"
     with pytest.raises(ValueError, match=message):
         compare(*models, DataArguments(str(table)))
 
@@ -163,7 +163,7 @@ def test_text_has_each_figure_in_its_place():
         "only_one_right": rows,
     }
     head, table, counts, shown = comparison_text(comparison).split("\n\n")
-    assert head == "A: old\nB: new\n1,234 rows of test; 2 that only one of them takes are left out"
+    assert head == "A: old\nB: new\n1,234 rows of test; 2 that only one model takes are left out"
     assert table.splitlines()[0].split() == ["A", "B", "B", "-", "A", "95%", "not", "better", "p"]
     for line, average in zip(table.splitlines()[1:], AVERAGES.values(), strict=True):
         assert line.split() == f"{average} F1 0.5000 0.6250 0.1250 -0.0100 to +0.2500 0.0310 0.0640".split()

@@ -16,7 +16,7 @@ from hf_mmclf.data.tokenizer import load_tokenizer
 from hf_mmclf.inference.explanation import explain
 from hf_mmclf.inference.predictor import Predictor
 
-CAPTION = 'a man says "no, dog" to dogs'
+SENTENCE = 'a man says "no, dog" to dogs'
 RESNET = dict(image_backbone="test_resnet")
 VIT = dict(image_backbone="test_vit", image_backbone_args=dict(img_size=32))
 SWIN = dict(
@@ -28,7 +28,9 @@ FROZEN = dict(unfrozen_image_stages=0, unfrozen_text_layers=0)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer("train", CAPTIONS, 60)[0]
+    tokenizer = load_tokenizer("train", CAPTIONS, 60)[0]
+    tokenizer.model_max_length = TEXT["max_position_embeddings"]
+    return tokenizer
 
 
 @pytest.fixture
@@ -86,8 +88,8 @@ def reads_dog(make, tokenizer):
     return pipe
 
 
-def picture(width=64, height=64, red=(), color="navy"):
-    """A picture with red squares of 12 pixels at the given top left corners."""
+def red_squares(width=64, height=64, red=(), color="navy"):
+    """An image with red squares of 12 pixels at the given top left corners."""
     image = Image.new("RGB", (width, height), color)
     for left, top in red:
         image.paste("red", (left, top, left + 12, top + 12))
@@ -122,11 +124,11 @@ def strongest(explanation):
 
 @pytest.mark.parametrize("corner", [(0, 0), (52, 0), (24, 40), (40, 52)])
 def test_the_place_that_carries_a_label_is_the_hottest(sees_red, corner):
-    assert in_square(explain(sees_red, image=picture(red=[corner]), label="dog"), *corner)
+    assert in_square(explain(sees_red, image=red_squares(red=[corner]), label="dog"), *corner)
 
 
 def test_what_speaks_against_a_label_is_negative(sees_red):
-    image = picture(red=[(24, 40)])
+    image = red_squares(red=[(24, 40)])
     for_dog, for_bird = (explain(sees_red, image=image, label=label) for label in ("dog", "bird"))
     assert for_dog.cells.max() > 0 and for_dog.cells.min() == pytest.approx(0, abs=1e-6)
     np.testing.assert_allclose(for_bird.cells, -for_dog.cells, atol=1e-6)
@@ -138,14 +140,14 @@ def test_what_speaks_against_a_label_is_negative(sees_red):
     [((120, 40), (100, 10), (3, 8)), ((40, 120), (2, 70), (8, 3)), ((30, 200), (9, 3), (8, 1))],
     ids=str,
 )
-def test_the_heat_map_is_over_the_picture_not_its_padded_square(sees_red, size, corner, shape):
-    explanation = explain(sees_red, image=picture(*size, red=[corner]), label="dog")
+def test_the_heat_map_is_over_the_image_not_its_padded_square(sees_red, size, corner, shape):
+    explanation = explain(sees_red, image=red_squares(*size, red=[corner]), label="dog")
     assert explanation.heat_map.shape == size[::-1] and explanation.cells.shape == shape
     assert in_square(explanation, *corner)
 
 
-def test_the_heat_map_is_over_the_upright_picture(sees_red, tmp_path):
-    upright = picture(120, 40, red=[(100, 10)])
+def test_the_heat_map_is_over_the_upright_red_squares(sees_red, tmp_path):
+    upright = red_squares(120, 40, red=[(100, 10)])
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: shown after a quarter turn to the right
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
@@ -156,42 +158,69 @@ def test_the_heat_map_is_over_the_upright_picture(sees_red, tmp_path):
 
 
 def test_a_finer_grid_tells_more(sees_red):
-    image = picture(red=[(24, 40)])
+    image = red_squares(red=[(24, 40)])
     coarse, fine = (explain(sees_red, image=image, label="dog", grid=grid) for grid in (4, 16))
     assert coarse.cells.shape == (4, 4) and fine.cells.shape == (16, 16)
     assert (fine.cells > 0).mean() < (coarse.cells > 0).mean()
 
 
-@pytest.mark.parametrize("caption", ["Dog on a man", "a man says:\n“a DOG!”", "no  man, no man to a dog"])
-def test_the_word_that_carries_a_label_is_the_strongest(reads_dog, caption):
-    explanation = explain(reads_dog, text=caption, label="dog")
+@pytest.mark.parametrize("size", [(32, 32), (32, 16)])
+def test_nine_windows_hide_each_cell_also_at_the_edge(make, size):
+    """Fill every window by hand: each 3 x 3 cells around a cell of the image or one just outside of it."""
+    pipe, image, grid = make("image"), noise(*size), 4
+    columns, rows, edge = grid, grid * size[1] // size[0], 32 // grid
+    pixels = pipe.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    top = (32 - size[1]) // 2
+
+    def logit(row=None, column=None):
+        changed = pixels.clone()
+        inside = changed[..., top : top + size[1], :]
+        if row is not None:
+            window = (
+                slice(max(row - 1, 0) * edge, (row + 2) * edge),
+                slice(max(column - 1, 0) * edge, (column + 2) * edge),
+            )
+            inside[(..., *window)] = inside.mean((2, 3), keepdim=True)
+        with torch.no_grad():
+            return float(pipe.model(pixel_values=changed).logits[0, 1])
+
+    falls = np.array(
+        [[logit() - logit(row, column) for column in range(-1, columns + 1)] for row in range(-1, rows + 1)]
+    )
+    expected = [[falls[row : row + 3, column : column + 3].mean() for column in range(columns)] for row in range(rows)]
+    np.testing.assert_allclose(explain(pipe, image=image, label="dog", grid=grid).cells, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["Dog on a man", "a man says:\n“a DOG!”", "no  man, no man to a dog"])
+def test_the_word_that_carries_a_label_is_the_strongest(reads_dog, text):
+    explanation = explain(reads_dog, text=text, label="dog")
     assert "dog" in strongest(explanation).lower()
-    assert "dog" in min(explain(reads_dog, text=caption, label="bird").words, key=lambda w: w.weight).word.lower()
+    assert "dog" in min(explain(reads_dog, text=text, label="bird").words, key=lambda w: w.weight).word.lower()
 
 
 def test_a_word_of_several_pieces_counts_as_one(reads_dog, tokenizer):
-    caption = "a man on no-dog-no to a man"
+    text = "a man on no-dog-no to a man"
     assert len(tokenizer.tokenize("no-dog-no")) > 1
-    assert strongest(explain(reads_dog, text=caption, label="dog")) == "no-dog-no"
+    assert strongest(explain(reads_dog, text=text, label="dog")) == "no-dog-no"
 
 
 @pytest.mark.parametrize(
-    "caption", ["a dog", " a man,\tsays:  “no”…\n\n", "DOG’s café — naïve 犬 🐕‍🦺!", "dog", "á b", "\u200b dog"]
+    "text", ["a dog", " a man,\tsays:  “no”…\n\n", "DOG’s café — naïve 犬 🐕‍🦺!", "dog", "á b", "\u200b dog"]
 )
-def test_words_stand_where_they_are_written(make, caption):
-    words = explain(make("text"), text=caption).words
-    assert [word.word for word in words] == caption.split()
-    rest = list(caption)
+def test_words_stand_where_they_are_written(make, text):
+    words = explain(make("text"), text=text).words
+    assert [word.word for word in words] == text.split()
+    rest = list(text)
     for word in words:
         start, end = word.span
-        assert caption[start:end] == word.word
+        assert text[start:end] == word.word
         rest[start:end] = " " * (end - start)
     assert not "".join(rest).strip()
 
 
 def test_words_that_the_model_has_not_read_have_no_weight(make):
-    caption = "a man on a dog says no to a dog on a man on a dog says no"  # 18 words; 16 tokens with the special ones
-    weights = [word.weight for word in explain(make("text"), text=caption).words]
+    text = "a man on a dog says no to a dog on a man on a dog says no"  # 18 words; 16 tokens with the special ones
+    weights = [word.weight for word in explain(make("text"), text=text).words]
     assert all(weights[:14]) and not any(weights[14:]) and len(weights) == 18
 
 
@@ -219,7 +248,7 @@ def test_words_that_the_model_has_not_read_have_no_weight(make):
 def test_figures_are_what_the_model_says_without_the_part(make, fields):
     pipe = make(**fields)
     kind = fields.get("kind", "both")
-    image, text = (None if kind == "text" else noise()), (None if kind == "image" else CAPTION)
+    image, text = (None if kind == "text" else noise()), (None if kind == "image" else SENTENCE)
     explanation = explain(pipe, image=image, text=text, label="dog", grid=1)  # of one cell, so that all is hidden
 
     inputs = {}
@@ -268,28 +297,28 @@ def test_scores_are_those_of_the_pipeline(tmp_path):
     pipe, image = hf_mmclf.pipeline(folder), noise()
     both, seen, read = (
         {entry["label"]: entry["score"] for entry in pipe(row, return_all_scores=True)}
-        for row in ({"image": image, "text": CAPTION}, {"image": image}, {"text": CAPTION})
+        for row in ({"image": image, "text": SENTENCE}, {"image": image}, {"text": SENTENCE})
     )
     for label, score in both.items():
-        explanation = explain(pipe, image=image, text=CAPTION, label=label)
+        explanation = explain(pipe, image=image, text=SENTENCE, label=label)
         figures = (explanation.score, explanation.score_without_text, explanation.score_without_image)
         assert figures == pytest.approx((score, seen[label], read[label]), abs=1e-6)
         assert explanation.threshold == (0.9 if label == "dog" else 0.3)
-    assert explain(pipe, text=CAPTION, label="dog").threshold == 0.2
-    assert explain(pipe, image=image, text=CAPTION).label == max(both, key=both.get)
-    assert explain(Predictor.load(folder), text=CAPTION, label="dog").score == pytest.approx(read["dog"], abs=1e-6)
+    assert explain(pipe, text=SENTENCE, label="dog").threshold == 0.2
+    assert explain(pipe, image=image, text=SENTENCE).label == max(both, key=both.get)
+    assert explain(Predictor.load(folder), text=SENTENCE, label="dog").score == pytest.approx(read["dog"], abs=1e-6)
     assert explain(pipe, image=image, text=" \n", label="dog").score == pytest.approx(seen["dog"], abs=1e-6)
 
 
 def test_batches_do_not_matter(make):
     pipe = make(image_tokens="spatial")
-    one, many = (explain(pipe, noise(), CAPTION, "dog", batch_size=size) for size in (1, 64))
+    one, many = (explain(pipe, noise(), SENTENCE, "dog", batch_size=size) for size in (1, 64))
     np.testing.assert_allclose(one.cells, many.cells, atol=1e-5)
     assert [word.weight for word in one.words] == pytest.approx([word.weight for word in many.words], abs=1e-5)
 
 
-def test_pictures_in_every_form(sees_red, tmp_path):
-    image = picture(120, 40, red=[(100, 10)])
+def test_images_in_every_form(sees_red, tmp_path):
+    image = red_squares(120, 40, red=[(100, 10)])
     image.save(tmp_path / "a.png")
     array, data = np.array(image), (tmp_path / "a.png").read_bytes()
     expected = explain(sees_red, image=image, label="dog")
@@ -306,7 +335,7 @@ def test_the_model_is_left_as_it_was(make):
     pipe = make(image_tokens="spatial", dropout=0.5, unfrozen_image_stages=1)
     model = pipe.model.train()
     model.classifier.eval()
-    model(**pipe.processor(images=[noise()] * 2, text=[CAPTION] * 2)).logits.sum().backward()
+    model(**pipe.processor(images=[noise()] * 2, text=[SENTENCE] * 2)).logits.sum().backward()
 
     def condition():
         return (
@@ -320,18 +349,18 @@ def test_the_model_is_left_as_it_was(make):
         )
 
     before = copy.deepcopy(condition())
-    first, second = (explain(pipe, noise(), CAPTION, "dog") for _ in range(2))
+    first, second = (explain(pipe, noise(), SENTENCE, "dog") for _ in range(2))
     torch.testing.assert_close(condition(), before, rtol=0, atol=0)
     assert first.score == second.score  # without dropout
     with pytest.raises(TypeError):
-        explain(pipe, noise(), CAPTION, "dog", batch_size="two")
+        explain(pipe, noise(), SENTENCE, "dog", batch_size="two")
     torch.testing.assert_close(condition(), before, rtol=0, atol=0)
 
 
 def test_half_precision(make):
     pipe = make(image_tokens="spatial")
     pipe.model.to(torch.bfloat16)
-    explanation = explain(pipe, noise(), CAPTION)
+    explanation = explain(pipe, noise(), SENTENCE)
     assert np.isfinite(explanation.heat_map).all() and explanation.heat_map.dtype == np.float32
     explanation.figure()
 
@@ -341,7 +370,7 @@ def test_half_precision(make):
 
 @pytest.mark.parametrize("kind", ["both", "image", "text"])
 def test_figures_show_what_there_is(make, kind, tmp_path):
-    image = None if kind == "text" else picture(120, 40, red=[(100, 10)])
+    image = None if kind == "text" else red_squares(120, 40, red=[(100, 10)])
     text = None if kind == "image" else "a $dog$ for $5 on a man " * 6
     explanation = explain(make(kind), image=image, text=text, label="dog")
     figure = explanation.figure()
@@ -358,7 +387,7 @@ def test_figures_show_what_there_is(make, kind, tmp_path):
 
 def test_hot_places_and_words_are_red_and_cold_ones_blue(sees_red, reads_dog):
     for label, warmer, colder in (("dog", 0, 2), ("bird", 2, 0)):
-        figure = explain(sees_red, image=picture(red=[(24, 40)]), label=label).figure()
+        figure = explain(sees_red, image=red_squares(red=[(24, 40)]), label=label).figure()
         red, green, blue, _ = figure.axes[1].images[1].get_array()[46, 30]
         assert (red > blue) == (label == "dog")
         figure = explain(reads_dog, text="a dog on a man", label=label).figure()
@@ -368,7 +397,7 @@ def test_hot_places_and_words_are_red_and_cold_ones_blue(sees_red, reads_dog):
 
 
 def test_nothing_that_matters_is_a_figure_too(sees_red):
-    explain(sees_red, image=picture(), label="cat")._repr_png_()
+    explain(sees_red, image=red_squares(), label="cat")._repr_png_()
 
 
 # Errors
@@ -382,16 +411,16 @@ def test_a_folder_is_not_taken_for_a_pipeline():
 @pytest.mark.parametrize(
     ("kind", "given", "message"),
     [
-        ("both", dict(), "neither a picture nor a caption"),
-        ("text", dict(text=" "), "neither a picture nor a caption"),
-        ("text", dict(image=picture(), text="a dog"), "got image, but this model has no image backbone"),
-        ("image", dict(image=picture(), text="a dog"), "got text, but this model has no text backbone"),
+        ("both", dict(), "neither an image nor a text"),
+        ("text", dict(text=" "), "neither an image nor a text"),
+        ("text", dict(image=red_squares(), text="a dog"), "got image, but this model has no image backbone"),
+        ("image", dict(image=red_squares(), text="a dog"), "got text, but this model has no text backbone"),
         ("text", dict(text="a dog", label="dgo"), "unknown label 'dgo'; expected one of cat, dog, bird"),
-        ("image", dict(image=picture(), grid=0), "grid is 0"),
+        ("image", dict(image=red_squares(), grid=0), "grid is 0"),
         ("image", dict(image="nowhere.png"), "nowhere.png"),
-        ("image", dict(image=[picture()]), "expected one picture"),
-        ("image", dict(image=np.zeros((2, 8, 8, 3), np.uint8)), "expected one picture"),
-        ("text", dict(text=["a dog"]), "expected one picture, one caption"),
+        ("image", dict(image=[red_squares()]), "expected one image"),
+        ("image", dict(image=np.zeros((2, 8, 8, 3), np.uint8)), "expected one image"),
+        ("text", dict(text=["a dog"]), "expected one image, one text"),
     ],
 )
 def test_errors(make, kind, given, message):

@@ -1,4 +1,4 @@
-"""Finished output folders without training: tiny models with random weights, and rows to show them."""
+"""Output folders without training: tiny models with random weights, and rows to show them."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ TEXT = dict(
     num_attention_heads=2,
     intermediate_size=32,
     max_position_embeddings=16,
-    initializer_range=0.5,  # so that captions tell rows apart
+    initializer_range=0.5,  # so that texts tell rows apart
 )
 
 
@@ -29,6 +29,7 @@ def write_folder(folder: Path, kind: str = "both", **fields) -> Path:
     tokenizer = load_tokenizer("train", CAPTIONS, 60)[0]
     if kind != "image":
         fields["text_config"] = dict(TEXT, vocab_size=len(tokenizer))
+        tokenizer.model_max_length = TEXT["max_position_embeddings"]
         tokenizer.save_pretrained(folder)
     if kind != "text":
         fields["image_backbone"] = "test_resnet"
@@ -42,7 +43,7 @@ def write_folder(folder: Path, kind: str = "both", **fields) -> Path:
 
 
 def write_table(folder: Path, name: str = "train.csv", labelled: bool = True) -> Path:
-    """A table in the competition's form, and its pictures next to it."""
+    """A table in the competition's form, and its images next to it."""
     lines = ["ImageID,Labels,Caption" if labelled else "ImageID,Caption"]
     for row, (caption, labels, color) in enumerate(zip(CAPTIONS, LABELS, COLORS, strict=True)):
         Image.new("RGB", (20 + 5 * row, 30), color).save(folder / f"{row}.jpg")

@@ -1,1 +1,1 @@
-"""A finished model at work: predictions, comparison and explanation."""
+"""Use of a saved model: prediction, evaluation, comparison and explanation."""

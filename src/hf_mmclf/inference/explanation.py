@@ -1,19 +1,19 @@
-"""Why a label: how far it falls when a place of the picture or a word of the caption is hidden.
+"""Explain a label: how far its logit falls when a part of the image or a word of the text is hidden.
 
     explanation = explain(pipe, image="dog.jpg", text="a dog on a bench", label="dog")
     explanation.words, explanation.heat_map  # numbers
-    explanation.save("why.png")  # a picture; in a notebook, the explanation itself is shown as one
+    explanation.save("why.png")  # a figure, which a notebook shows by itself
 
-One method serves both modalities: occlusion (Zeiler and Fergus, 2014, "Visualizing and understanding convolutional
-networks"; for words Li, Monroe and Jurafsky, 2016, "Understanding neural networks through representation erasure").
-It needs nothing of the backbones but their output, so it holds for all of them, and what it says is a fact about the
-model: hide this, and the logit falls by so much.
+The method is occlusion (Zeiler and Fergus 2014, "Visualizing and understanding convolutional networks"; for words Li,
+Monroe and Jurafsky 2016, "Understanding neural networks through representation erasure"). It uses only the outputs of
+the backbones, so it works for every architecture.
 """
 
 import dataclasses
 import io
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -32,18 +32,19 @@ from ..model.modeling_mmclf import MMClfForImageTextClassification
 from ..model.pipeline_mmclf import is_one
 
 Features = tuple[torch.Tensor, torch.Tensor]  # tokens and their mask
-LINE = 72  # characters in a line of a figure's caption
+LINE = 72  # characters in a line of the text in a figure
 
 
 class Word(NamedTuple):
-    """What stands between white space in a caption.
+    """
+    A word of the text: the characters between white space.
 
     Args:
-        word (`str`): As written, with its punctuation.
+        word (`str`): The word as written, with its punctuation.
         weight (`float`):
-            How far the label's logit falls when the model does not see the word. Positive speaks for the label,
-            negative against it. 0 for words that the model has not read, since the caption is too long for it.
-        span (`tuple[int, int]`): Its first character in the caption, and the one after its last.
+            How far the label's logit falls when the word is hidden. Positive speaks for the label, negative against
+            it. 0 for the words of a truncated text that the model does not read.
+        span (`tuple[int, int]`): Index in the text of its first character, and of the one after its last.
     """
 
     word: str
@@ -57,17 +58,17 @@ class Explanation:
     What speaks for a label, and what against it.
 
     Args:
-        label (`str`): Its name.
+        label (`str`): The name of the label.
         score (`float`): Its score, between 0 and 1.
         threshold (`float`): The model's own threshold for it.
-        image (`PIL.Image.Image`, *optional*): The picture, upright; `None` where there is none.
-        text (`str`, *optional*): The caption; `None` where there is none.
+        image (`PIL.Image.Image`, *optional*): The image, upright.
+        text (`str`, *optional*): The text.
         cells (`np.ndarray` of shape `(rows, columns)`, *optional*):
-            How far the label's logit falls when a cell of the picture and its neighbours are hidden. Positive speaks
-            for the label, negative against it.
-        words (`list[Word]`): The same for the words of the caption, in their order.
+            How far the label's logit falls when a cell of the image and its neighbours are hidden. Positive speaks for
+            the label, negative against it.
+        words (`list[Word]`): The words of the text with their weights.
         score_without_image, score_without_text (`float`, *optional*):
-            The score if the picture or the caption were absent; `None` unless there are both.
+            The score without the image or without the text; `None` unless both are given.
     """
 
     label: str
@@ -89,70 +90,64 @@ class Explanation:
         return F.interpolate(torch.from_numpy(self.cells)[None, None], size, mode="bilinear")[0, 0].numpy()
 
     def figure(self) -> Figure:
-        """The picture beside its heat map, over the caption in colours: red speaks for the label, blue against it.
-
-        All share one scale, so that a pale picture over a red word says that the caption decides.
         """
-        peaks = [abs(word.weight) for word in self.words]
-        if self.image is not None:
-            peaks.append(float(np.abs(self.cells).max()))
-        limit = max(peaks, default=0) or 1.0
-        scale = ScalarMappable(Normalize(-limit, limit), "RdBu_r")
-        lines = self._lines()
-        layout = {("picture", "heat map"): 3.2} if self.image is not None else {}
-        if lines:
-            layout["caption", "caption"] = 0.3 * len(lines)
+        Draw the image beside its heat map, over the text in colors: red speaks for the label, blue against it.
 
-        figure = Figure(figsize=(7.2, sum(layout.values()) + 1), layout="constrained")
+        All parts share one scale, so a pale heat map over a red word means that the text decides.
+        """
+        weights = [word.weight for word in self.words] + ([] if self.cells is None else self.cells.ravel().tolist())
+        limit = max(map(abs, weights), default=0) or 1.0
+        scale = ScalarMappable(Normalize(-limit, limit), "RdBu_r")
+        heights = {} if self.image is None else {("image", "heat map"): 3.2}
+        if self.words:
+            lines = self._lines()
+            heights["text", "text"] = 0.3 * len(lines)
+
+        figure = Figure(figsize=(7.2, sum(heights.values()) + 1), layout="constrained")
         figure.suptitle(self._title(), fontsize=10, parse_math=False)
-        panels = figure.subplot_mosaic([*layout], height_ratios=[*layout.values()])
+        panels = figure.subplot_mosaic([*heights], height_ratios=[*heights.values()])
         for panel in panels.values():
             panel.axis("off")
         if self.image is not None:
-            panels["picture"].imshow(self.image)
-            # grey and pale, so that the colours on it are those of the scale
+            panels["image"].imshow(self.image)
+            # A pale gray image below, so that the colors on it are those of the scale.
             panels["heat map"].imshow(self.image.convert("L"), cmap="gray", vmin=-160, vmax=255)
-            heat = self.heat_map
-            panels["heat map"].imshow(scale.to_rgba(heat), alpha=np.abs(heat) / limit)
-        if lines:
-            rows = []
-            for line in lines:
-                boxes = []
-                for word in line:
-                    color = scale.to_rgba(0.7 * word.weight)[:3]  # pale enough to read black letters on
-                    style = {"backgroundcolor": color, "fontsize": 9, "parse_math": False}
-                    boxes.append(TextArea(word.word, textprops=style))
-                rows.append(HPacker(children=boxes, pad=0, sep=6, align="baseline"))
-            caption = VPacker(children=rows, pad=0, sep=7, align="center")
-            panels["caption"].add_artist(AnchoredOffsetbox("upper center", child=caption, frameon=False))
+            panels["heat map"].imshow(scale.to_rgba(self.heat_map), alpha=np.abs(self.heat_map) / limit)
+        if self.words:
+            boxes = [[_text_area(word, scale) for word in line] for line in lines]
+            rows = [HPacker(children=line, pad=0, sep=6, align="baseline") for line in boxes]
+            text = VPacker(children=rows, pad=0, sep=7, align="center")
+            panels["text"].add_artist(AnchoredOffsetbox("upper center", child=text, frameon=False))
         figure.colorbar(scale, ax=list(panels.values()), label="fall of the logit when hidden")
         return figure
 
     def _lines(self) -> list[list[Word]]:
-        lines, room = [], 0
-        for word in self.words:
-            room -= len(word.word) + 1
-            if room < 0:
-                lines.append([])
-                room = LINE - len(word.word)
-            lines[-1].append(word)
-        return lines
+        """Break the words into lines of at most `LINE` characters."""
+        text = " ".join(word.word for word in self.words)
+        lines = textwrap.wrap(text, LINE, break_long_words=False, break_on_hyphens=False)
+        words = iter(self.words)
+        return [[next(words) for _ in line.split()] for line in lines]
 
     def _title(self) -> str:
         title = f"{self.label}: {self.score:.3f} (threshold {self.threshold:.3f})"
-        if self.score_without_image is not None:
-            title += f"\nwithout the picture {self.score_without_image:.3f}, "
-            title += f"without the caption {self.score_without_text:.3f}"
+        without = (self.score_without_image, self.score_without_text)
+        if None not in without:
+            title += "\nwithout the image {:.3f}, without the text {:.3f}".format(*without)
         return title
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the figure to a file; its ending says in which form (`.png`, `.pdf`, `.svg`)."""
+        """Write the figure to a file, in the format of its ending (`.png`, `.pdf`, `.svg`)."""
         self.figure().savefig(path, dpi=150)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         self.figure().savefig(buffer, format="png")
         return buffer.getvalue()
+
+
+def _text_area(word: Word, scale: ScalarMappable) -> TextArea:
+    color = scale.to_rgba(0.7 * word.weight)[:3]  # pale enough for black letters
+    return TextArea(word.word, textprops={"backgroundcolor": color, "fontsize": 9, "parse_math": False})
 
 
 def explain(
@@ -164,89 +159,66 @@ def explain(
     batch_size: int = 32,
 ) -> Explanation:
     r"""
-    What in a picture and its caption speaks for a label. The model is left as it was.
+    Measure what in an image and its text speaks for a label. The model is left as it was.
 
-    The picture is divided into cells; windows of 3 x 3 cells, at every place and over its edges too, are painted in
-    the picture's mean colour, and a cell's figure is the mean fall of the label's logit over the nine windows that
-    hide it. A word is hidden by masking its word pieces, so that the others keep their places.
+    The image is divided into cells. Windows of 3 x 3 cells, at every place and also over the edges, are filled with
+    the mean color of the image. The figure of a cell is the mean fall of the label's logit over the nine windows that
+    hide it. A word is hidden by masking its tokens, so the other words keep their positions.
 
-    Each figure is the effect of hiding this alone. Where two toys or two words carry a label, hiding one of them may
-    change little.
+    Each figure is the effect of hiding this part alone. If two parts carry a label, hiding one of them may change
+    little.
 
     Args:
         pipe ([`ImageTextClassificationPipeline`] or [`Predictor`]):
-            Anything with a `model` and its `processor`.
+            An object with a `model` and its `processor`.
         image (*optional*):
-            A picture in any form that the pipeline takes.
+            An image in any form that the pipeline takes.
         text (`str`, *optional*):
-            Its caption; a blank one counts as none.
+            The text. A blank one counts as none.
         label (`str`, *optional*):
-            The name of a label; by default the most likely one.
+            The name of a label. Defaults to the most likely one.
         grid (`int`, *optional*, defaults to 8):
-            Cells along the longer edge of the picture. A square one costs `(grid + 2) ** 2` passes of the image
+            Cells along the longer edge of the image. A square image takes `(grid + 2) ** 2` passes of the image
             backbone.
         batch_size (`int`, *optional*, defaults to 32):
-            Variants in one pass.
+            Variants of the image or the text in one pass.
+
+    Returns:
+        [`Explanation`]: The figures of the label, and how to draw them.
 
     Raises:
-        `ValueError`: neither picture nor caption, one that the model does not take, or a label that it does not have.
-        `TypeError`: `pipe` is something else, such as the name of a folder.
+        `ValueError`: if neither image nor text is given, the model does not read one of them, or it does not have the
+            label.
+        `TypeError`: if `pipe` is something else, such as the name of a folder.
     """
-    if not (hasattr(pipe, "model") and hasattr(pipe, "processor")):
-        raise TypeError(f"got {pipe!r}; expected a pipeline: explain(hf_mmclf.pipeline(folder), ...)")
-    model, processor = pipe.model, pipe.processor
-    names = model.config.label_names
-    parts = {"image": (image, processor.image_processor), "text": (text, processor.tokenizer)}
-    for name, (given, part) in parts.items():
-        if given is not None and part is None:
-            raise ValueError(f"got {name}, but this model has no {name} backbone; leave it out")
-    if not is_one(image) or not isinstance(text, str | None):
-        kinds = f"{type(image).__name__} and {type(text).__name__}"
-        raise ValueError(f"got {kinds} as picture and caption; expected one picture, one caption, or one of both")
+    _check_inputs(pipe, image, text, label, grid)
+    model, processor, names = pipe.model, pipe.processor, pipe.model.config.label_names
     text = text if text and text.strip() else None
-    if image is None and text is None:
-        raise ValueError("got neither a picture nor a caption; expected at least one of them")
-    if label is not None and label not in names:
-        raise ValueError(f"unknown label {label!r}; expected one of {', '.join(names)}")
-    if grid < 1:
-        raise ValueError(f"grid is {grid}; expected at least 1")
 
-    picture = seen = read = cells = without_image = without_text = None
-    words = []
     with _evaluating(model):
-        if image is not None:
-            picture, pixels, box = _prepare_picture(processor.image_processor, image)
-            pixels = pixels.to(model.device, model.dtype)
-            seen = model.encode_image(pixels)
-        if text is not None:
-            spans = [match.span() for match in re.finditer(r"\S+", text)]
-            tokens, pieces = _prepare_caption(processor.tokenizer, text, spans, model)
-            read = model.encode_text(**tokens)
-        logits = model.classify(seen, read)[0]
+        seen = None if image is None else ImageOcclusion(model, processor.image_processor, image, grid)
+        read = None if text is None else TextOcclusion(model, processor.tokenizer, text)
+        image_features, text_features = (part and part.features for part in (seen, read))
+        logits = _logits(model, image_features, text_features)[0]
         index = int(logits.argmax()) if label is None else names.index(label)
-
-        def logit(image: Features | None, text: Features | None) -> torch.Tensor:
-            """The label's, for variants of one modality; the other is the same for all of them."""
-            count = max(len(features[0]) for features in (image, text) if features)
-            image, text = ([x.expand(count, *x.shape[1:]) for x in f] if f else None for f in (image, text))
-            return model.classify(image, text)[:, index].float().cpu()
-
-        if image is not None:
-            cells = _occlude_picture(
-                pixels, box, grid, batch_size, lambda pixels: logit(model.encode_image(pixels), read)
-            )
-        if text is not None:
-            weights = _occlude_words(
-                tokens, pieces, batch_size, lambda tokens: logit(seen, model.encode_text(**tokens))
-            )
-            words = [Word(text[slice(*span)], weight, span) for span, weight in zip(spans, weights, strict=True)]
-        if image is not None and text is not None:
-            without_image, without_text = (float(logit(*pair).sigmoid()) for pair in ((None, read), (seen, None)))
+        cells = without_image = without_text = None
+        words = []
+        if seen:
+            falls = _mean_falls(seen, lambda tokens: _logits(model, tokens, text_features)[:, index], batch_size)
+            cells = falls.numpy()
+        if read:
+            falls = _mean_falls(read, lambda tokens: _logits(model, image_features, tokens)[:, index], batch_size)
+            words = [
+                Word(text[slice(*span)], fall, span) for span, fall in zip(read.spans, falls.tolist(), strict=True)
+            ]
+        if seen and read:
+            without_image = float(_logits(model, None, text_features)[0, index].sigmoid())
+            without_text = float(_logits(model, image_features, None)[0, index].sigmoid())
     return Explanation(
         label=names[index],
-        score=float(logits[index].float().sigmoid()),
+        score=float(logits[index].sigmoid()),
         threshold=model.config.thresholds_for(image is not None, text is not None)[index],
-        image=picture,
+        image=seen and seen.image,
         text=text,
         cells=cells,
         words=words,
@@ -255,9 +227,28 @@ def explain(
     )
 
 
+def _check_inputs(pipe: Any, image: Any, text: Any, label: str | None, grid: int) -> None:
+    if not (hasattr(pipe, "model") and hasattr(pipe, "processor")):
+        raise TypeError(f"got {pipe!r}; expected a pipeline: explain(hf_mmclf.pipeline(folder), ...)")
+    parts = {"image": (image, pipe.processor.image_processor), "text": (text, pipe.processor.tokenizer)}
+    for name, (given, part) in parts.items():
+        if given is not None and part is None:
+            raise ValueError(f"got {name}, but this model has no {name} backbone; leave it out")
+    if not is_one(image) or not isinstance(text, str | None):
+        kinds = f"{type(image).__name__} and {type(text).__name__}"
+        raise ValueError(f"got {kinds} as image and text; expected one image, one text, or one of both")
+    if image is None and not (text or "").strip():
+        raise ValueError("got neither an image nor a text; expected at least one of them")
+    names = pipe.model.config.label_names
+    if label not in (None, *names):
+        raise ValueError(f"unknown label {label!r}; expected one of {', '.join(names)}")
+    if grid < 1:
+        raise ValueError(f"grid is {grid}; expected at least 1")
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and afterwards the modes of before, module by module."""
+    """Set evaluation mode without gradients, then restore the mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -268,67 +259,96 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _prepare_picture(image_processor: Any, image: Any) -> tuple[Image.Image, torch.Tensor, tuple[slice, slice]]:
-    """The upright picture, its pixel values (1, 3, H, W), and the rows and columns of these that are no padding."""
-    picture = image_processor.process_image(image_processor.fetch_images(image), do_convert_rgb=True)
-    pixels = image_processor(picture, return_tensors="pt")["pixel_values"]
-    white = image_processor(torch.full_like(picture, 255), do_normalize=False, return_tensors="pt")["pixel_values"]
-    shown = white[0, 0] > 0.5
-    rows, columns = (torch.nonzero(shown.any(axis)).flatten() for axis in (1, 0))
-    box = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-    return Image.fromarray(picture.permute(1, 2, 0).byte().numpy()), pixels, box
+class ImageOcclusion:
+    """
+    An image with variants of it, in each of which a window is filled with the mean color of the image.
+
+    Args:
+        model ([`MMClfForImageTextClassification`]): The model.
+        image_processor ([`MMClfImageProcessor`]): Its image processor.
+        image: An image in any form that the pipeline takes.
+        grid (`int`): Cells along the longer edge.
+
+    Attributes:
+        image (`PIL.Image.Image`): The image, upright.
+        features (`tuple[torch.Tensor, torch.Tensor]`): Tokens and mask of the whole image.
+        hidden (`torch.Tensor` of shape `(variants, rows, columns)`): 1 for the cells that a variant hides, else 0.
+    """
+
+    def __init__(self, model: MMClfForImageTextClassification, image_processor: Any, image: Any, grid: int):
+        upright = image_processor.process_image(image_processor.fetch_images(image), do_convert_rgb=True)
+        self.model, self.image = model, Image.fromarray(upright.permute(1, 2, 0).byte().numpy())
+        pixels = image_processor(upright, return_tensors="pt")["pixel_values"]
+        self.pixels = pixels.to(model.device, model.dtype)
+        self.features = model.encode_image(self.pixels)
+        # A white image of this size shows which pixels are padding.
+        white = image_processor(torch.full_like(upright, 255), do_normalize=False, return_tensors="pt")["pixel_values"]
+        edges = [torch.nonzero((white[0, 0] > 0.5).any(axis)).flatten()[[0, -1]].tolist() for axis in (1, 0)]
+        self.box = tuple(slice(first, last + 1) for first, last in edges)
+        # Windows over the edges too: then each cell is hidden by nine windows, at the edge as in the middle.
+        lengths = [last + 1 - first for first, last in edges]
+        near = []
+        for length in lengths:
+            count = max(1, round(min(grid, max(lengths)) * length / max(lengths)))
+            near.append((torch.arange(-1, count + 1)[:, None] - torch.arange(count)).abs() <= 1)
+        self.hidden = (near[0][:, None, :, None] & near[1][None, :, None, :]).flatten(0, 1).float()
+
+    def without(self, hidden: torch.Tensor) -> Features:
+        """Return tokens and masks of variants that hide these cells `(batch, rows, columns)`."""
+        inside = self.pixels[(0, ..., *self.box)]
+        filled = F.interpolate(hidden[:, None], inside.shape[1:]).to(inside.device).bool()
+        variants = self.pixels.repeat(len(hidden), 1, 1, 1)
+        variants[(..., *self.box)] = torch.where(filled, inside.mean((1, 2), keepdim=True), inside)
+        return self.model.encode_image(variants)
 
 
-def _prepare_caption(
-    tokenizer: Any, text: str, spans: list[tuple[int, int]], model: MMClfForImageTextClassification
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The model's inputs for the caption, and for each word in `spans` which tokens are pieces of it: (W, T)."""
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} does not tell which characters its tokens stand for")
-    inputs = tokenizer(
-        text,
-        truncation=True,
-        max_length=min(tokenizer.model_max_length, model.max_tokens),
-        return_offsets_mapping=True,
-        return_tensors="pt",
-    )
-    starts, ends = inputs.pop("offset_mapping")[0].T
-    first, last = torch.tensor(spans).T[..., None]
-    pieces = (starts < last) & (ends > first) & (starts < ends)  # special tokens stand for no characters
-    return {name: values.to(model.device) for name, values in inputs.items()}, pieces.to(model.device)
+class TextOcclusion:
+    """
+    A text with variants of it, in each of which the tokens of a word are masked.
+
+    Args:
+        model ([`MMClfForImageTextClassification`]): The model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, which must be a fast one.
+        text (`str`): The text.
+
+    Attributes:
+        spans (`list[tuple[int, int]]`): Index of the first character of each word, and of the one after its last.
+        features (`tuple[torch.Tensor, torch.Tensor]`): Tokens and mask of the whole text.
+        hidden (`torch.Tensor` of shape `(variants, words)`): 1 for the word that a variant hides, else 0.
+    """
+
+    def __init__(self, model: MMClfForImageTextClassification, tokenizer: Any, text: str):
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} does not tell which characters its tokens stand for")
+        self.model, self.spans = model, [match.span() for match in re.finditer(r"\S+", text)]
+        inputs = tokenizer(text, truncation=True, return_offsets_mapping=True, return_tensors="pt")
+        starts, ends = inputs.pop("offset_mapping")[0].T
+        first, last = torch.tensor(self.spans).T[..., None]
+        self.pieces = (starts < last) & (ends > first) & (starts < ends)  # special tokens stand for no characters
+        self.hidden = torch.diag(self.pieces.any(1).float())  # a word that was cut off is never hidden
+        self.inputs = {name: values.to(model.device) for name, values in inputs.items()}
+        self.features = model.encode_text(**self.inputs)
+
+    def without(self, hidden: torch.Tensor) -> Features:
+        """Return tokens and masks of variants that hide these words `(batch, words)`."""
+        masked = (hidden @ self.pieces.float()).bool().to(self.model.device)
+        variants = {name: values.expand(len(hidden), -1) for name, values in self.inputs.items()}
+        variants["attention_mask"] = variants["attention_mask"].masked_fill(masked, 0)
+        return self.model.encode_text(**variants)
 
 
-def _occlude_picture(
-    pixels: torch.Tensor, box: tuple[slice, slice], grid: int, batch_size: int, logit: Callable
-) -> np.ndarray:
-    """How far `logit` of the pixels (1, 3, H, W) falls for each cell of their part `box`, float32 (rows, columns)."""
-    inside = pixels[(0, ..., *box)]
-    height, width = inside.shape[1:]
-    paint = inside.mean((1, 2), keepdim=True)
-    # windows of 3 x 3 cells, also over the edges, so that as many of them hide a cell at the edge as one inside
-    near = []
-    for edge in (height, width):
-        count = max(1, round(min(grid, max(height, width)) * edge / max(height, width)))
-        near.append((torch.arange(-1, count + 1)[:, None] - torch.arange(count)).abs() <= 1)
-    windows = (near[0][:, None, :, None] & near[1][None, :, None, :]).flatten(0, 1).float()  # (N, rows, columns)
-
-    before, falls = logit(pixels), []
-    for batch in windows.split(batch_size):
-        hidden = F.interpolate(batch[:, None], (height, width)).to(pixels.device).bool()
-        variants = pixels.repeat(len(batch), 1, 1, 1)
-        variants[(..., *box)] = torch.where(hidden, paint, inside)
-        falls.append(before - logit(variants))
-    return (torch.einsum("n,nrc->rc", torch.cat(falls), windows) / windows.sum(0)).numpy()
+def _mean_falls(
+    occlusion: ImageOcclusion | TextOcclusion, logit: Callable[[Features], torch.Tensor], batch_size: int
+) -> torch.Tensor:
+    """Return for each part the mean fall of a logit over the variants that hide the part; 0 if none does."""
+    before = logit(occlusion.features)
+    falls = torch.cat([before - logit(occlusion.without(batch)) for batch in occlusion.hidden.split(batch_size)])
+    hidden = occlusion.hidden.flatten(1)
+    return (falls @ hidden / hidden.sum(0).clamp(min=1)).reshape(occlusion.hidden.shape[1:])
 
 
-def _occlude_words(
-    tokens: dict[str, torch.Tensor], pieces: torch.Tensor, batch_size: int, logit: Callable
-) -> list[float]:
-    """How far `logit` of the tokens (1, T) falls for each word; `pieces` (W, T) says which tokens it is made of."""
-    before, weights = logit(tokens), []
-    for batch in pieces.split(batch_size):
-        variants = {name: values.expand(len(batch), -1) for name, values in tokens.items()}
-        variants["attention_mask"] = torch.where(batch, 0, tokens["attention_mask"])
-        falls = before - logit(variants)
-        weights += torch.where(batch.any(1).cpu(), falls, 0).tolist()
-    return weights
+def _logits(model: nn.Module, image: Features | None, text: Features | None) -> torch.Tensor:
+    """Return logits `(variants, labels)` of variants of one modality, with the other one the same for all of them."""
+    count = max(len(features[0]) for features in (image, text) if features)
+    image, text = (features and [x.expand(count, *x.shape[1:]) for x in features] for features in (image, text))
+    return model.classify(image, text).float().cpu()

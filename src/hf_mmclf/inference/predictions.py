@@ -1,11 +1,11 @@
-"""Predicted labels as files and as lines of text."""
+"""Rows to predict from image files and texts, and predicted labels as files and as lines of text."""
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from datasets import Dataset
@@ -16,15 +16,40 @@ from ..model.configuration_mmclf import MMClfConfig
 PREDICTION_SUFFIXES = (".csv", ".jsonl")
 
 
-def check_suffix(path: str | Path, suffixes: tuple[str, ...]) -> None:
-    """`ValueError` for a file name that does not end in one of `suffixes`."""
+def rows_of(images: Sequence[str] | None, texts: Sequence[str] | None, folder: str | Path = ".") -> Dataset:
+    """
+    Make rows of image files and texts.
+
+    Args:
+        images (`Sequence[str]`, *optional*): Names of image files.
+        texts (`Sequence[str]`, *optional*): One text for each image, or texts without images.
+        folder (`str` or `Path`, *optional*, defaults to `"."`): The folder to which `images` are relative.
+
+    Returns:
+        `Dataset`: The columns `image`, `text` and `where`.
+
+    Raises:
+        `ValueError`: if there are images and texts, but not one text for each image.
+        `FileNotFoundError`: if an image file does not exist.
+    """
+    count = len(images or texts)
+    images, texts = images or [None] * count, texts or [None] * count
+    if len(texts) != count:
+        raise ValueError(f"{count} images, but {len(texts)} texts; expected one text for each image")
+    if missing := [image for image in images if image and not Path(folder, image).is_file()]:
+        raise FileNotFoundError(f"no such image: {', '.join(missing)}")
+    return Dataset.from_dict({"image": images, "text": texts, "where": [f"row {row + 1}" for row in range(count)]})
+
+
+def check_suffix(path: str | Path, suffixes: Sequence[str]) -> None:
+    """Raise `ValueError` if a file name ends in none of `suffixes`."""
     if Path(path).suffix not in suffixes:
         raise ValueError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
 
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[TextIO]:
-    """A text file to write that is there whole or not at all; what it replaces stays until then."""
+    """Open a text file that appears, or replaces an old one, only when everything has been written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -36,17 +61,26 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
         part.unlink(missing_ok=True)
 
 
+def write_json(path: str | Path, content: Any) -> None:
+    """Write figures to a JSON file by an atomic write."""
+    with atomic_file(path) as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+
+
 def write_predictions(path: str | Path, rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> None:
     """
-    Writes predicted labels to a file that is there whole or not at all.
+    Write predicted labels to a file by an atomic write.
 
     Args:
-        path (`str` or `Path`): `.csv` for the competition's form, `ImageID,Labels`, with the labels as the data writes
-            them, separated by spaces (by `|` if a label has a space in it); `.jsonl` for one object a row, with the
-            labels and all scores by name.
-        rows (`Dataset`): The columns `image`, `text` and `where`.
+        path (`str` or `Path`):
+            `.csv` for the form of the competition, `ImageID,Labels`: the labels as the data writes them, separated by
+            spaces, or by `|` if a label has a space in it. `.jsonl` for one object a row, with label names and scores.
+        rows (`Dataset`): Rows with the columns `image`, `text` and `where`.
         scores (`np.ndarray` of shape `(rows, labels)`): Probabilities.
-        config ([`MMClfConfig`]): Labels and thresholds.
+        config ([`MMClfConfig`]): The labels and thresholds.
+
+    Raises:
+        `ValueError`: if `path` has another ending.
     """
     check_suffix(path, PREDICTION_SUFFIXES)
     with atomic_file(path) as file:
@@ -58,29 +92,34 @@ def write_predictions(path: str | Path, rows: Dataset, scores: np.ndarray, confi
             for name, hits in zip(_names(rows), config.decide(scores, *presence(rows)), strict=True):
                 writer.writerow([name, delimiter.join(ids[hits])])
         else:
-            for name, ranked in zip(_names(rows), _ranked(scores, config, rows), strict=True):
+            for name, ranked in _ranked(rows, scores, config):
                 labels = [label for label, _, hit in ranked if hit]
                 line = {"image": name, "labels": labels, "scores": {label: score for label, score, _ in ranked}}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def prediction_lines(rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> list[str]:
-    """One line of text a row: its name, and its labels with their scores, most likely first."""
+    """
+    Describe each row in one line: its name, and its labels with their scores, most likely first.
+
+    Args:
+        rows, scores, config: As for [`write_predictions`].
+    """
     return [
         f"{name}: " + (", ".join(f"{label} {score:.2f}" for label, score, hit in ranked if hit) or "no label")
-        for name, ranked in zip(_names(rows), _ranked(scores, config, rows), strict=True)
+        for name, ranked in _ranked(rows, scores, config)
     ]
 
 
-def _ranked(scores: np.ndarray, config: MMClfConfig, rows: Dataset) -> Iterator[list[tuple[str, float, bool]]]:
-    """Label, score and whether it is predicted, for each row, most likely first."""
-    names = config.label_names
-    for row, hits in zip(scores, config.decide(scores, *presence(rows)), strict=True):
+def _ranked(rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> Iterator[tuple[str, list]]:
+    """Yield the name of each row, and for each label its name, score and whether it is predicted, by falling score."""
+    labels = config.label_names
+    for name, row, hits in zip(_names(rows), scores, config.decide(scores, *presence(rows)), strict=True):
         order = np.argsort(-row, kind="stable")
-        yield [(names[i], round(float(row[i]), 6), bool(hits[i])) for i in order]
+        yield name, [(labels[i], round(float(row[i]), 6), bool(hits[i])) for i in order]
 
 
 def _names(rows: Dataset) -> list[str]:
-    """What each row is called: its picture's name, or its place in the source."""
+    """Return the name of each row: the name of its image or, without one, its place in the source."""
     names = [image if isinstance(image, str) or image is None else image.get("path") for image in rows["image"]]
     return [name or where for name, where in zip(names, rows["where"], strict=True)]

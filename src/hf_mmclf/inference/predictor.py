@@ -1,4 +1,4 @@
-"""A finished output folder: written whole, and at work on rows of any source."""
+"""Predictor: a saved model, applied to rows of any source. Also how such a folder is written."""
 
 import csv
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -23,17 +23,13 @@ from ..data.prepare import DataArguments, PreparedData, prepare_data, presence, 
 from ..evaluation.ablation import REMOVED, ablation_figures, shuffled_texts
 from ..evaluation.report import report, scores_of
 from ..model.configuration_mmclf import MMClfConfig
-from ..model.image_processing_mmclf import MMClfImageProcessor
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from ..model.pipeline_mmclf import TASK, ImageTextClassificationPipeline
 from ..model.processing_mmclf import MMClfProcessor
 
 
 def machine_defaults() -> dict[str, Any]:
-    """What the machine suggests: bf16 where an accelerator has it, and workers for the cores each process has.
-
-    Batches for an accelerator come from pinned memory and are copied while it computes.
-    """
+    """Return training arguments that suit this machine: bf16 and pinned memory with an accelerator, and workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
     accelerated = torch.accelerator.is_available()
@@ -49,13 +45,15 @@ def machine_defaults() -> dict[str, Any]:
 @contextmanager
 def atomic_folder(output: str | Path, stage: str | Path | None = None) -> Iterator[Path]:
     """
-    A folder to write to; what it holds in the end moves to `output`, config.json last.
+    Give a temporary folder to write to, then move its files to `output`, config.json last.
 
-    Without config.json a folder does not load, so that one that was left half-written never looks whole.
+    A folder does not load without config.json, so a half-written one never looks complete.
 
     Args:
-        output (`str` or `Path`): Where the files go; what else is there stays.
-        stage (`str` or `Path`, *optional*): The folder to write to, emptied first; on the disk of `output`.
+        output (`str` or `Path`): The folder that gets the files. Other files in it stay.
+        stage (`str` or `Path`, *optional*):
+            The temporary folder, on the same disk as `output`; emptied first and removed at the end. Defaults to a
+            folder inside `output`.
     """
     output = Path(output)
     stage = output / ".unfinished" if stage is None else Path(stage)
@@ -71,8 +69,19 @@ def atomic_folder(output: str | Path, stage: str | Path | None = None) -> Iterat
 
 
 def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor, folder: str | Path) -> None:
-    """Writes weights (safetensors), configuration, preprocessing, their code and which pipeline they belong to."""
-    # transformers writes down a folder's pipeline only where a pipeline saves it
+    """
+    Save weights (safetensors), configuration, image processor and tokenizer, with the code that loads them.
+
+    The tokenizer gets the length limit of the text backbone, so nothing that loads the folder has to set it.
+
+    Args:
+        model ([`MMClfForImageTextClassification`]): The model, with labels and thresholds in its `config`.
+        processor ([`MMClfProcessor`]): The model's processor.
+        folder (`str` or `Path`): The folder to write to.
+    """
+    if tokenizer := processor.tokenizer:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, model.max_tokens)
+    # Only a pipeline writes the name of its task and its class to config.json.
     pipe = ImageTextClassificationPipeline(model=model, processor=processor, task=TASK, device=model.device)
     pipe.save_pretrained(folder)
 
@@ -80,14 +89,31 @@ def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor
 @dataclasses.dataclass
 class Predictor:
     """
-    A model with its preprocessing, as a training run leaves it.
+    A model with its processor, which prepares, scores and evaluates rows.
 
     Args:
-        folder (`Path`): Where it comes from.
-        model ([`MMClfForImageTextClassification`]): With labels and thresholds in its `config`.
-        processor ([`MMClfProcessor`]): With the image processor and the tokenizer, where the model needs them.
-        trainer (`Trainer`, *optional*): Computes the logits, for example under a training run's own processes. By
-            default each call makes one that suits the machine.
+        folder (`Path`): The folder of the model.
+        model ([`MMClfForImageTextClassification`]): The model, with labels and thresholds in its `config`.
+        processor ([`MMClfProcessor`]): The image processor and the tokenizer, as far as the model needs them.
+        trainer (`Trainer`, *optional*):
+            Computes the logits. By default each call makes a trainer that suits the machine.
+
+    Example:
+
+    ```python
+    >>> from pathlib import Path
+    >>> from hf_mmclf import DataArguments, MMClfConfig, MMClfForImageTextClassification
+    >>> from hf_mmclf import MMClfImageProcessor, MMClfProcessor, Predictor
+
+    >>> config = MMClfConfig(image_backbone="test_resnet", num_labels=2)  # tiny and untrained
+    >>> model = MMClfForImageTextClassification(config)
+    >>> predictor = Predictor(Path("."), model, MMClfProcessor(MMClfImageProcessor(size=32)))  # or Predictor.load(".")
+    >>> prepared = predictor.prepare(DataArguments(demo_rows=20), with_labels=False)
+    >>> name, rows = predictor.choose_split(prepared)
+    >>> name, predictor.scores(rows, prepared.folder).shape == (len(rows), 2)
+    ('test', True)
+
+    ```
     """
 
     folder: Path
@@ -97,65 +123,80 @@ class Predictor:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Predictor":
-        """Loads an output folder; `FileNotFoundError` for none or an unfinished one, `ValueError` for another kind."""
+        """
+        Load the output folder of a training run. No code of the folder is executed.
+
+        Raises:
+            `FileNotFoundError`: if there is no model in the folder, or training has not finished.
+            `ValueError`: if the folder holds another kind of model.
+        """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             unfinished = "; its training has not finished" if (folder / "checkpoints").is_dir() else ""
-            raise FileNotFoundError(f"{folder}: no finished model here (no config.json){unfinished}")
-        config = AutoConfig.from_pretrained(folder)
-        if not isinstance(config, MMClfConfig):
-            raise ValueError(f"{folder}: a {config.model_type} model; expected a folder that `hf-mmclf train` wrote")
-        model = MMClfForImageTextClassification.from_pretrained(folder, config=config)
-        image_processor = MMClfImageProcessor.from_pretrained(folder) if config.has_image else None
-        tokenizer = AutoTokenizer.from_pretrained(folder) if config.has_text else None
-        if tokenizer is not None:  # which may not know how many positions the model has
-            tokenizer.model_max_length = min(tokenizer.model_max_length, model.max_tokens)
-        return cls(folder, model, MMClfProcessor(image_processor, tokenizer))
+            raise FileNotFoundError(f"{folder}: no model here (no config.json){unfinished}")
+        kind = MMClfConfig.get_config_dict(folder)[0].get("model_type")
+        if kind != MMClfConfig.model_type:
+            raise ValueError(f"{folder}: a {kind} model; expected a folder that `hf-mmclf train` wrote")
+        model = MMClfForImageTextClassification.from_pretrained(folder)
+        return cls(folder, model, MMClfProcessor.from_pretrained(folder, trust_remote_code=False))
+
+    @property
+    def labels(self) -> LabelSet:
+        """[`LabelSet`]: The labels in the order of the logits, as the data writes them and by name."""
+        config = self.model.config
+        return LabelSet(tuple(config.label_ids or config.label_names), tuple(config.label_names))
 
     def prepare(
         self, args: DataArguments, with_labels: bool = True, sources: dict[str, Dataset] | None = None
     ) -> PreparedData:
-        """Rows for this model, with its labels and nothing split; the arguments are those of [`prepare_data`]."""
+        """
+        Read and check rows for this model. They are encoded with its labels and not split.
+
+        Args:
+            args, with_labels, sources: As for [`prepare_data`].
+        """
         config = self.model.config
-        names = config.label_names
-        labels = LabelSet(tuple(config.label_ids or names), tuple(names))
-        return prepare_data(args, config.has_image, config.has_text, labels, with_labels, sources)
+        return prepare_data(args, config.has_image, config.has_text, self.labels, with_labels, sources)
 
     def choose_split(
         self, prepared: PreparedData, name: str | None = None, held_out: bool = False
     ) -> tuple[str, Dataset]:
         """
-        One split of the source and its name. A table that training has split counts as split in the same way.
+        Choose one split of the source. A table without splits has those that training made of it.
 
         Args:
             prepared ([`PreparedData`]): From [`Predictor.prepare`].
-            name (`str`, *optional*): train, validation or test; by default the last of these that the source has.
-            held_out (`bool`, *optional*, defaults to `False`): Choose the default among training's splits too, so that
-                of a table that training has split it is not all rows, but those that it tested on.
+            name (`str`, *optional*): train, validation or test. Defaults to the last of these that the source has.
+            held_out (`bool`, *optional*, defaults to `False`):
+                Whether the default may be a split that training made: then only the rows of a table that training has
+                held out are chosen, not all its rows.
+
+        Returns:
+            `tuple[str, Dataset]`: The name of the split and its rows.
+
+        Raises:
+            `ValueError`: if the source has no such split.
         """
-        own = prepared.splits
-        splits = {**own, **(self._recorded(own["train"]) if list(own) == ["train"] else {})}
+        splits = dict(prepared.splits)
+        if list(splits) == ["train"] and (name or held_out):
+            splits |= self._recorded(splits["train"])
         if name is None:
-            choices = splits if held_out else own
-            name = next(key for key in ("test", "validation", "train") if key in choices)
-            return name, choices[name]
+            name = next(key for key in ("test", "validation", "train") if key in splits)
         if name not in splits:
             raise ValueError(f"no split {name!r}; the source has {', '.join(splits)}")
         return name, splits[name]
 
     def _recorded(self, rows: Dataset) -> dict[str, Dataset]:
-        """`rows` as training split them, according to its `splits.csv`; nothing if it has not seen all of them."""
+        """Split rows as `splits.csv` records it; return nothing if it does not know all of them."""
         file = self.folder / "splits.csv"
         if not file.is_file():
             return {}
         with file.open(encoding="utf-8", newline="") as lines:
             split_of = {line["row"]: line["split"] for line in csv.DictReader(lines)}
-        members: dict[str, list[int]] = {}
-        for row, where in enumerate(rows["where"]):
-            if where not in split_of:
-                return {}
-            members.setdefault(split_of[where], []).append(row)
-        return {name: rows.select(indices) for name, indices in members.items()}
+        names = [split_of.get(where) for where in rows["where"]]
+        if None in names:
+            return {}
+        return {name: rows.select(np.flatnonzero(np.array(names) == name)) for name in dict.fromkeys(names)}
 
     def predict(
         self,
@@ -166,16 +207,15 @@ class Predictor:
         replaced: tuple[str, Mapping[str, Any] | None] | None = None,
     ) -> PredictionOutput:
         """
-        Compute the logits of rows with the columns of [`PreparedData`]; under `accelerate launch` each process
-        computes its share, and all return all of them.
+        Compute the logits of rows. Under `accelerate launch` each process computes a share and returns all logits.
 
         Args:
-            rows (`Dataset`): Columns `image`, `text` and `where`.
-            folder (`Path`): What picture names are relative to.
+            rows (`Dataset`): Rows with the columns `image`, `text` and `where`.
+            folder (`Path`): The folder to which image names are relative.
             batch_size (`int`, *optional*, defaults to 64): Rows in one forward pass of one process.
-            workers (`int`, *optional*): Processes that load pictures; by default none for a single batch, else as many
-                as suit the machine.
-            replaced (`tuple`, *optional*): A column and its other cells; see [`ReplacedColumn`].
+            workers (`int`, *optional*):
+                Processes that load images. By default none for a single batch, else as many as suit the machine.
+            replaced (`tuple`, *optional*): A column and its new cells; see [`ReplacedColumn`].
 
         Returns:
             `PredictionOutput`: `predictions` are the logits `(rows, labels)`, float32, in the order of the rows.
@@ -184,18 +224,26 @@ class Predictor:
         dataset = preprocessing.dataset(rows, *(replaced or ()))
         if self.trainer is not None:
             return self.trainer.predict(dataset)
-        options: dict[str, Any] = {**machine_defaults(), "bf16": False, "remove_unused_columns": False}
-        options["use_cpu"] = not torch.accelerator.is_available()  # else Trainer overlooks that there are several
+        options = {**machine_defaults(), "bf16": False, "remove_unused_columns": False}
+        options["use_cpu"] = not torch.accelerator.is_available()  # else Trainer overlooks several processes on CPUs
         if workers is None and len(rows) <= batch_size:
-            workers = 0  # starting some takes longer than the work
+            workers = 0  # starting processes takes longer than the work
         if workers is not None:
             options |= {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
-        with tempfile.TemporaryDirectory() as scratch:  # Trainer wants a folder, though prediction writes nothing
+        with tempfile.TemporaryDirectory() as scratch:  # Trainer needs a folder, though prediction writes nothing
             args = TrainingArguments(scratch, per_device_eval_batch_size=batch_size, **options)
             return Trainer(self.model, args, data_collator=preprocessing.collator).predict(dataset)
 
     def scores(self, rows: Dataset, folder: Path, batch_size: int = 64, workers: int | None = None) -> np.ndarray:
-        """Compute the scores `(rows, labels)` of rows, float32 in [0, 1]; the arguments are those of `predict`."""
+        """
+        Compute the scores of rows.
+
+        Args:
+            rows, folder, batch_size, workers: As for [`Predictor.predict`].
+
+        Returns:
+            `np.ndarray` of shape `(rows, labels)`: Probabilities, float32.
+        """
         return scores_of(self.predict(rows, folder, batch_size, workers).predictions)
 
     def ablated_scores(self, rows: Dataset, folder: Path, batch_size: int = 64) -> dict[str, np.ndarray]:
@@ -224,19 +272,19 @@ class Predictor:
 
     def evaluate(self, rows: Dataset, folder: Path, batch_size: int = 64, ablations: bool = True) -> dict[str, Any]:
         """
-        Figures of labelled rows.
+        Compute the figures of labelled rows.
 
         Args:
-            rows (`Dataset`): Columns `image`, `text`, `where` and `labels`.
+            rows (`Dataset`): Rows with the columns `image`, `text`, `where` and `labels`.
             folder, batch_size: As for [`Predictor.predict`].
-            ablations (`bool`, *optional*, defaults to `True`): For a model with both modalities, `ablations` too; that
-                takes three more passes, one of them without pictures.
+            ablations (`bool`, *optional*, defaults to `True`):
+                Whether to add `ablations` for a model of both modalities. They take three more passes over the rows.
 
         Returns:
-            `dict`: That of [`report`], with `ablations` of [`ablation_figures`].
+            `dict`: The figures of [`report`], with `ablations` of [`ablation_figures`].
 
         Raises:
-            `ValueError`: rows without labels.
+            `ValueError`: if the rows have no labels.
         """
         config, references = self.model.config, references_of(rows)
         figures = self.report(rows, self.scores(rows, folder, batch_size))

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers.utils import logging
 
 from ..data.collator import Collator, EvaluationImageTransform, RowTransform
 from ..data.prepare import picture_paths
+from ..evaluation.report import format_table
 from ..model.configuration_mmclf import MMClfConfig
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from .arguments import MMClfTrainingArguments
@@ -378,3 +380,24 @@ def cache_entries(folder: Path | None = None) -> list[tuple[Path, dict[str, Any]
     """Return the caches in a folder and what `about.json` says of each, the most recently used one last."""
     found = sorted((folder or default_folder()).glob(f"*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
     return [(file.parent, json.loads(file.read_text(encoding="utf-8"))) for file in found]
+
+
+def caches_table(folder: Path | None = None, clear: bool = False) -> str:
+    """
+    Describe the feature caches in a folder as a table, and remove them on request.
+
+    Args:
+        folder (`Path`, *optional*): The folder. Defaults to [`default_folder`].
+        clear (`bool`, *optional*, defaults to `False`): Whether to remove the caches.
+    """
+    folder, rows, total = folder or default_folder(), [], 0
+    for cache, about in cache_entries(folder):
+        size, used = folder_size(cache), time.localtime((cache / ABOUT).stat().st_mtime)
+        total += size
+        row = {"cache": cache.name, **{f"{part} backbone": about[f"{part}_backbone"] for part in ("image", "text")}}
+        rows.append(row | {"size": in_words(size), "last used": time.strftime("%Y-%m-%d %H:%M", used)})
+        if clear:
+            shutil.rmtree(cache)
+    if not rows:
+        return f"No feature cache in {folder}"
+    return f"{format_table(rows)}\n\n{in_words(total)} {'removed from' if clear else 'in'} {folder}"
