@@ -23,7 +23,7 @@ from scipy.stats import binomtest
 
 from hf_mmclf import Predictor, demo_dataset, parse_arguments, train
 from hf_mmclf.data.demo import DEMO_LABELS
-from hf_mmclf.evaluation.metrics import metrics_table
+from hf_mmclf.evaluation.report import format_table
 from hf_mmclf.inference.explanation import explain
 
 KINDS = {"image": "seen", "text": "read", "both": "seen and read"}
@@ -98,7 +98,7 @@ def main() -> None:
             flags += ["--num_train_epochs", str(options.epochs)] if options.epochs else []
             folder = train(*parse_arguments(flags))
         finished = Predictor.load(Path(folder))
-    print("\n" + metrics_table(hit_rates(questions(finished, demo_dataset(options.rows)["test"]))))
+    print("\n" + format_table(hit_rates(questions(finished, demo_dataset(options.rows)["test"]))))
 
 
 if __name__ == "__main__":

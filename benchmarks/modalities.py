@@ -16,7 +16,7 @@ from sklearn.metrics import f1_score
 
 from hf_mmclf import DataArguments, demo_dataset, parse_arguments, train
 from hf_mmclf.data.demo import DEMO_LABELS, ceiling
-from hf_mmclf.evaluation.metrics import metrics_table
+from hf_mmclf.evaluation.report import format_table
 from hf_mmclf.inference.predictor import Predictor
 
 MODELS = {"demo-image": "image", "demo-text": "text", "demo": "both"}
@@ -55,7 +55,7 @@ def main() -> None:
         for kind, title in (("image", "seen labels"), ("text", "read labels"), ("both", "labels of both")):
             row[title] = statistics.mean(run[kind] for run in runs)
         table.append(row)
-    print("\n" + metrics_table(table))
+    print("\n" + format_table(table))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from hf_mmclf import (
     demo_dataset,
 )
 from hf_mmclf.data.tokenizer import load_tokenizer
-from hf_mmclf.evaluation.metrics import metrics_table
+from hf_mmclf.evaluation.report import format_table
 from hf_mmclf.export.onnx import export_onnx
 from hf_mmclf.export.onnx_predict import OnnxClassifier
 from hf_mmclf.inference.predictor import Predictor
@@ -91,7 +91,7 @@ def main() -> None:
                 table.append({**row, "seconds": round(seconds)})
             if preset == TIMED:
                 race = speeds(finished, OnnxClassifier(Path(scratch, "onnx", "model.onnx")), options.rounds)
-    print("\n" + metrics_table(table))
+    print("\n" + format_table(table))
     if race:
         ratios = [fast / slow for fast, slow in zip(race["onnxruntime"], race["eager"], strict=True)]
         print(f"\n{TIMED}, batch {BATCH}, {torch.get_num_threads()} threads, median of {options.rounds} rounds:")

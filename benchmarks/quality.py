@@ -41,7 +41,7 @@ from hf_mmclf import (
 )
 from hf_mmclf.data.demo import ceiling
 from hf_mmclf.data.prepare import prepare_data
-from hf_mmclf.hub.card import markdown_table
+from hf_mmclf.evaluation.report import format_table
 
 CAPTIONS = Path(__file__).parents[2] / "shared" / "data" / "captions" / "train.csv"
 TEXT_PRESETS = ("captions", "bert-tiny")
@@ -240,7 +240,7 @@ def main() -> None:
     for what in BENCHMARKS if options.what == "all" else [options.what]:
         lines = BENCHMARKS[what](options)
         if lines:
-            texts.append(f"## {what}\n\n{markdown_table(lines)}\n")
+            texts.append(f"## {what}\n\n{format_table(lines, markdown=True)}\n")
             print(f"\n{texts[-1]}")
     if options.output:
         options.output.write_text("\n".join(texts), encoding="utf-8")

@@ -56,7 +56,7 @@ from hf_mmclf.data.collator import Collator, EvaluationImageTransform, RowTransf
 from hf_mmclf.data.prepare import DataArguments, prepare_data
 from hf_mmclf.data.tables import read_table
 from hf_mmclf.data.tokenizer import load_tokenizer
-from hf_mmclf.evaluation.metrics import metrics_table
+from hf_mmclf.evaluation.report import format_table
 from hf_mmclf.training.arguments import machine_defaults
 from hf_mmclf.training.feature_cache import FeatureCache
 from hf_mmclf.training.inputs import build_config, build_image_processor, build_model
@@ -441,7 +441,7 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, what, *rest], check=True)
         return
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Trainer would take an accelerator where there is one
-    print(f"\n{options.what}\n{metrics_table(BENCHMARKS[options.what](options))}")
+    print(f"\n{options.what}\n{format_table(BENCHMARKS[options.what](options))}")
 
 
 if __name__ == "__main__":

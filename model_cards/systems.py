@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_mmclf import PRESETS, config_from_preset
-from hf_mmclf.hub.card import markdown_table
+from hf_mmclf.evaluation.report import format_table
 
 RECIPE = ("epochs", "learning rate", "schedule", "weight decay", "batch size")
 TEXT = """# The eighteen systems
@@ -82,13 +82,14 @@ def render() -> str:
         )
         alike.setdefault(_recipe(preset.recipe), []).append(f"`{name}`")
     return TEXT.format(
-        architectures=markdown_table(architectures),
-        poster=markdown_table(poster),
-        recipes=markdown_table(
+        architectures=format_table(architectures, markdown=True),
+        poster=format_table(poster, markdown=True),
+        recipes=format_table(
             [
                 {**dict(zip(RECIPE, recipe, strict=True)), "presets": ", ".join(names)}
                 for recipe, names in alike.items()
-            ]
+            ],
+            markdown=True,
         ),
         backbones=", ".join(f"`{name}`" for name in sorted(backbones)),
     )

@@ -282,7 +282,7 @@ def _presets(argv: Sequence[str]) -> None:
 
 def presets_table() -> str:
     """The presets as plain text: architecture and, for the poster's eighteen, what it reports of them."""
-    from .evaluation.metrics import metrics_table
+    from .evaluation.report import format_table
     from .presets import PRESETS, Poster, config_from_preset
 
     rows = []
@@ -301,7 +301,7 @@ def presets_table() -> str:
         for field in dataclasses.fields(Poster):
             row[field.name.replace("_", " ")] = getattr(poster, field.name) if poster else None
         rows.append(row)
-    return metrics_table(rows)
+    return format_table(rows)
 
 
 def _cache(argv: Sequence[str]) -> None:
@@ -318,7 +318,7 @@ def _cache(argv: Sequence[str]) -> None:
     import shutil
     import time
 
-    from .evaluation.metrics import metrics_table
+    from .evaluation.report import format_table
     from .training.feature_cache import cache_entries, default_folder, folder_size, in_words
 
     place = own.feature_cache_dir or default_folder()
@@ -336,7 +336,7 @@ def _cache(argv: Sequence[str]) -> None:
             "text backbone": about["text_backbone"],
         }
         rows.append(row | {"size": in_words(size), "last used": used})
-    print(metrics_table(rows))
+    print(format_table(rows))
     if own.clear:
         for folder, _ in entries:
             shutil.rmtree(folder)

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
 
 from hf_mmclf.evaluation.calibration import expected_calibration_error
-from hf_mmclf.evaluation.metrics import MultiLabelMetric, metrics_table, per_label_report
+from hf_mmclf.evaluation.metrics import MultiLabelMetric, per_label_report
 
 
 def draw(rows=200, labels=5, seed=0, digits=None, prevalence=0.3):
@@ -223,22 +223,3 @@ def test_bad_names_are_explained():
         compute(GOOD, HOT, label_names=["a", "b", "c"])
     with pytest.raises(ValueError, match="1 label names given, expected 2: name every column"):
         per_label_report(GOOD, HOT, 0.5, ["a"])
-
-
-def test_metrics_table():
-    rows = [
-        {"label": "cat", "support": 1200, "f1": 0.5, "ap": np.float32(0.25)},
-        {"label": "traffic light", "support": 7, "f1": 1.0, "ap": None},
-    ]
-    assert metrics_table(rows).splitlines() == [
-        "label          support      f1      ap",
-        "cat               1200  0.5000  0.2500",
-        "traffic light        7  1.0000       -",
-    ]
-    assert metrics_table(rows, ["f1", "missing"]).splitlines() == [
-        "    f1  missing",
-        "0.5000        -",
-        "1.0000        -",
-    ]
-    assert metrics_table([], ["label", "f1"]) == "label  f1"
-    assert metrics_table([]) == ""

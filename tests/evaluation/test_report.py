@@ -12,6 +12,7 @@ from hf_mmclf.evaluation.bootstrap import f1_intervals
 from hf_mmclf.evaluation.report import (
     ComputeMetrics,
     decisions,
+    format_table,
     label_names,
     prediction_lines,
     report,
@@ -283,3 +284,32 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(suffix, rows, tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     write_predictions(path, rows, SCORES, config_of())
     assert path.read_text() != "old" and list(tmp_path.iterdir()) == [path]
+
+
+class TestFormatTable:
+    ROWS = [
+        {"label": "cat", "support": 1200, "f1": 0.5, "ap": np.float32(0.25), "95%": "0.4-0.6"},
+        {"label": "traffic light", "support": 7, "f1": 1.0, "ap": None, "95%": ""},
+    ]
+
+    def test_plain_text(self):
+        assert format_table(self.ROWS).splitlines() == [
+            "label            support      f1      ap  95%",
+            "cat                 1200  0.5000  0.2500  0.4-0.6",
+            "traffic light          7  1.0000       -",
+        ]
+
+    def test_markdown(self):
+        assert format_table(self.ROWS, markdown=True).splitlines() == [
+            "| label         |   support |    f1 |    ap | 95%     |",
+            "|:--------------|----------:|------:|------:|:--------|",
+            "| cat           |     1,200 | 0.500 | 0.250 | 0.4-0.6 |",
+            "| traffic light |         7 | 1.000 |     – |         |",
+        ]
+
+    def test_a_column_with_a_text_is_left_aligned_and_texts_of_digits_stay(self):
+        lines = format_table([{"width": "0.62000", "best": 1}, {"width": 512, "best": "all"}]).splitlines()
+        assert lines == ["width    best", "0.62000  1", "512      all"]
+
+    def test_without_rows(self):
+        assert format_table([]) == format_table([], markdown=True) == ""

@@ -1,12 +1,8 @@
-from hf_mmclf.hub.card_tables import average_rows, escape, markdown_table
+from hf_mmclf.hub.card_tables import average_rows, escape
 
 
-def test_markdown_table():
-    rows = [{"name": "a", "n": 1234, "x": 0.12345}, {"name": escape("b|c"), "n": None, "x": 1.0}]
-    assert markdown_table(rows) == (
-        "| name | n | x |\n| --- | ---: | ---: |\n| a | 1,234 | 0.123 |\n| b\\|c | – | 1.000 |"
-    )
-    assert markdown_table([]) == ""
+def test_escape():
+    assert escape(" b|c\n*d* ") == r"b\|c \*d\*"
 
 
 def test_averages_have_intervals_where_they_were_recorded():

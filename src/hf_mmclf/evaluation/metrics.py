@@ -5,8 +5,7 @@ float32 score converts to it without loss). Scores are probabilities, references
 counts for nothing.
 """
 
-from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from collections.abc import Sequence
 
 import evaluate
 import numpy as np
@@ -16,7 +15,7 @@ from sklearn.metrics import average_precision_score
 
 from .calibration import expected_calibration_error
 
-__all__ = ["MultiLabelMetric", "check_scores", "metrics_table", "per_label_report"]
+__all__ = ["MultiLabelMetric", "check_scores", "per_label_report"]
 
 
 class MultiLabelMetric(evaluate.Metric):
@@ -118,31 +117,6 @@ def per_label_report(
         }
         for i, name in enumerate(_checked_names(label_names, scores.shape[1]))
     ]
-
-
-def metrics_table(rows: Sequence[Mapping], columns: Sequence[str] | None = None) -> str:
-    """Rows as a plain text table: numbers to the right, floats to 4 digits, "-" for what is `None` or missing.
-
-    Args:
-        rows (`Sequence[Mapping]`):
-            One mapping from column name to value for each line.
-        columns (`Sequence[str]`, *optional*, defaults to the keys of the first row):
-            The columns to show, in this order.
-    """
-    columns = list(columns if columns is not None else rows[0] if rows else [])
-
-    def text(value) -> str:
-        if value is None:
-            return "-"
-        return f"{value:.4f}" if isinstance(value, Real) and not isinstance(value, Integral) else str(value)
-
-    def column(name: str) -> list[str]:
-        values = [row.get(name) for row in rows]
-        cells = [name, *map(text, values)]
-        align = str.rjust if all(value is None or isinstance(value, Real) for value in values) else str.ljust
-        return [align(cell, max(map(len, cells))) for cell in cells]
-
-    return "\n".join("  ".join(line).rstrip() for line in zip(*map(column, columns), strict=True))
 
 
 def _ratio(numerator: ArrayLike, denominator: ArrayLike, empty: float = 0.0) -> np.ndarray:

@@ -1,16 +1,18 @@
 """What a model's scores are worth, and what they say: reports of splits, tables, files of predictions."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from transformers import EvalPrediction
 
 from ..model.configuration_mmclf import MMClfConfig
 from .ablation import ABLATIONS
 from .bootstrap import f1_intervals
-from .metrics import MultiLabelMetric, metrics_table, per_label_report
+from .metrics import MultiLabelMetric, per_label_report
 from .subgroups import by_caption_length, by_label_count
 from .thresholds import best_threshold
 
@@ -105,6 +107,39 @@ def _warnings(predicted: np.ndarray, references: np.ndarray, names: Sequence[str
     return warnings
 
 
+def format_table(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
+    """
+    Format rows as a table, numbers to the right.
+
+    Args:
+        rows (`Sequence[Mapping[str, Any]]`): One mapping from column name to value for each row, all with the same
+            keys.
+        markdown (`bool`, *optional*, defaults to `False`): Whether to write Markdown, with 3 digits for floats,
+            thousands separators and "–" for `None`. By default the table is plain text with 4 digits and "-".
+
+    Returns:
+        `str`: The table; empty without rows.
+    """
+    digits, missing, separator = (3, "–", ",") if markdown else (4, "-", "")
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return missing
+        if isinstance(value, Integral):
+            return f"{value:{separator}}"
+        return f"{value:.{digits}f}" if isinstance(value, Real) else str(value)
+
+    columns = list(rows[0]) if rows else []
+    numeric = [all(isinstance(row[name], Real | None) for row in rows) for name in columns]
+    return tabulate(
+        [[cell(row[name]) for name in columns] for row in rows],
+        headers=columns,
+        tablefmt="pipe" if markdown else "plain",
+        colalign=["right" if number else "left" for number in numeric],
+        disable_numparse=True,
+    )
+
+
 def report_table(reports: dict[str, dict[str, Any]]) -> str:
     """Plain text of the reports of some splits side by side: one line a label, then the averages."""
     rows = []
@@ -124,7 +159,7 @@ def report_table(reports: dict[str, dict[str, Any]]) -> str:
             interval = split["intervals"].get(key)
             row |= {f"{name} 95%": "" if interval is None else "{:.3f}-{:.3f}".format(*interval)}
         rows.append(row)
-    return metrics_table(rows)
+    return format_table(rows)
 
 
 def group_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -150,6 +185,6 @@ def ablation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def report_text(reports: dict[str, dict[str, Any]]) -> str:
     """[`report_table`], and of the last of the splits kinds of rows, ablations and warnings."""
     split, figures = list(reports.items())[-1]
-    tables = [metrics_table(rows) for rows in (group_rows(figures), ablation_rows(figures)) if rows]
+    tables = [format_table(rows) for rows in (group_rows(figures), ablation_rows(figures)) if rows]
     warnings = [f"Warning: {warning}" for warning in figures["warnings"]]
     return "\n\n".join([report_table(reports), f"Of the {split} rows:", *tables, *warnings])

@@ -17,8 +17,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 from ..data.collator import is_absent, open_image
 from ..data.demo import DEMO_LABELS
 from ..data.prepare import DataArguments, presence, references_of
-from ..evaluation.metrics import MultiLabelMetric, metrics_table
-from ..evaluation.report import scores_of
+from ..evaluation.metrics import MultiLabelMetric
+from ..evaluation.report import format_table, scores_of
 from ..inference.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def report_table(figures: dict[str, dict[str, Any]]) -> str:
         if "f1" in figures[MODEL]:
             row |= {"F1": found["f1"], "F1 lost": found.get("f1_lost")}
         rows.append(row)
-    return metrics_table(rows)
+    return format_table(rows)
 
 
 def _check_installed() -> None:

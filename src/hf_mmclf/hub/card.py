@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..evaluation.report import ablation_rows, group_rows
+from ..evaluation.report import ablation_rows, format_table, group_rows
 from ..model.configuration_mmclf import MMClfConfig
 from ..presets import PRESETS
 from .card_tables import (
@@ -18,7 +18,6 @@ from .card_tables import (
     average_rows,
     escape,
     label_rows,
-    markdown_table,
     threshold_rows,
 )
 from .plots import PLOTS
@@ -75,11 +74,11 @@ def render_card(folder: str | Path) -> ModelCard:
         title=_title(config, training),
         data=escape(" + ".join(training.get("data", []))),
         parts=_parts(config, training),
-        averages=markdown_table(average_rows(reports)) if reports else None,
-        labels=markdown_table(labels),
-        groups=markdown_table(group_rows(reported or {})),
-        ablations=markdown_table(ablation_rows(reported or {})),
-        recipe=markdown_table(_recipe_rows(config, training)) if training else None,
+        averages=format_table(average_rows(reports), markdown=True) if reports else None,
+        labels=format_table(labels, markdown=True),
+        groups=format_table(group_rows(reported or {}), markdown=True),
+        ablations=format_table(ablation_rows(reported or {}), markdown=True),
+        recipe=format_table(_recipe_rows(config, training), markdown=True) if training else None,
         limits=_limits(config, reports, training),
         plots={file: title for file, title in PLOTS.items() if (folder / file).is_file()},
         poster=_from_poster(training),

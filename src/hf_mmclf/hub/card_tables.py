@@ -1,7 +1,7 @@
-"""The card's tables: figures of `metrics.json` as rows, and rows as Markdown."""
+"""The card's tables: figures of `metrics.json` as rows."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..model.configuration_mmclf import MMClfConfig
@@ -22,26 +22,6 @@ FIGURE_NAMES = {
 }
 AT = {"at_0.5": "at 0.5", "fitted": "at the fitted threshold"}  # keys of metrics.json
 WITHOUT_THRESHOLD = ("map", "ece")  # figures that do not depend on it
-
-
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as a Markdown table: numbers to the right, floats to 3 digits, a dash for `None`.
-
-    Without rows it is empty.
-    """
-    if not rows:
-        return ""
-
-    def text(value: Any) -> str:
-        if value is None:
-            return "–"
-        return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-    columns = list(rows[0])
-    lines = [columns]
-    lines.append(["---" if any(isinstance(row[name], str) for row in rows) else "---:" for name in columns])
-    lines += [[text(row[name]) for name in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def escape(text: str) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..data.prepare import DataArguments, presence, references_of
 from ..evaluation.bootstrap import paired_difference
-from ..evaluation.metrics import metrics_table
+from ..evaluation.report import format_table
 from .predictor import Predictor
 
 SHOWN_ROWS = 5
@@ -76,7 +76,7 @@ def compare(
 def comparison_text(comparison: dict[str, Any]) -> str:
     """What [`compare`] found as plain text: a table of F1, how many rows each has right, and some of those."""
     titles = {"f1": "micro F1", "f1_macro": "macro F1", "f1_samples": "samples F1"}
-    table = metrics_table(
+    table = format_table(
         [
             {
                 "": titles[name],
@@ -100,7 +100,7 @@ def comparison_text(comparison: dict[str, Any]) -> str:
         for row in [row for row in comparison["only_one_right"] if row["right"] == model][:SHOWN_ROWS]:
             labels = {title: " ".join(row[title.lower()]) or "-" for title in ("labels", "A", "B")}
             shown.append({"row": row["row"], "only right": model.upper(), **labels})
-    return "\n\n".join([*parts, metrics_table(shown)] if shown else parts)
+    return "\n\n".join([*parts, format_table(shown)] if shown else parts)
 
 
 def _label_ids(finished: Predictor) -> list[str]:
