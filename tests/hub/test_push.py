@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from hf_mmclf.hub.push import PLACEHOLDER, push_to_hub
 from hf_mmclf.inference.predictor import Predictor, save_model
+from hf_mmclf.model import modeling_mmclf
 
 NAME = "user/toys"
 CARD = f"""---
@@ -37,8 +38,6 @@ model-index:
 
 `AutoModel.from_pretrained("{PLACEHOLDER}")`
 """
-PUSHED = ("configuration", "freezing", "fusion", "image_processing", "modeling", "pipeline", "processing")
-PUSHED += ("tokens", "weights")
 SENT = {
     *(
         "README.md",
@@ -50,7 +49,7 @@ SENT = {
         "onnx/model.onnx",
     ),
     *("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *(f"{name}_mmclf.py" for name in PUSHED),
+    *(file.name for file in Path(modeling_mmclf.__file__).parent.glob("*_mmclf.py")),
 }
 KEPT = ["checkpoints/model.safetensors", "onnx/cache.pkl", "predictions-test.csv", "pytorch_model.bin", "train.log"]
 
@@ -119,9 +118,10 @@ def test_one_commit_with_the_model_and_no_more(hub, folder, push, capsys):
     assert f'# Toys\n\n`AutoModel.from_pretrained("{NAME}")`' in files["README.md"].decode()
     assert (folder / "README.md").read_text(encoding="utf-8") == CARD
     assert url == f"{hub.endpoint}/{NAME}/commit/{commit.sha}"
-    said = capsys.readouterr().out.splitlines()
-    assert set(said[0].removeprefix("Not sent: ").split(", ")) == {"checkpoints/", *KEPT[1:]}
-    assert said[1] == url
+    said = capsys.readouterr()
+    (notice,) = re.findall("^Not sent: (.*)$", said.err, re.M)
+    assert set(notice.split(", ")) == {"checkpoints/", *KEPT[1:]}
+    assert said.out == f"{url}\n"
     assert [ref.name for ref in HfApi(endpoint=hub.endpoint).list_repo_refs(NAME).branches] == ["main"]
 
 
@@ -148,7 +148,9 @@ def test_private(hub, push):
 def test_a_repository_that_others_see_otherwise(private, state, hub, push):
     """`create_repo(private=True)` says nothing where a public repository is there already."""
     HfApi(endpoint=hub.endpoint, token=hub.token).create_repo(NAME, private=not private)
-    with pytest.raises(ValueError, match=f"{NAME} is {state} and nothing was sent; make it .* at .*/settings first"):
+    with pytest.raises(
+        ValueError, match=f"{NAME} is {state} and nothing was sent; change it to .* at .*/settings first"
+    ):
         push(private=private)
     assert len(hub.model(NAME).commits) == 1
 
@@ -174,7 +176,7 @@ def test_revision_and_tag(hub, folder, push):
     "options, message",
     [
         (dict(tag="v1"), "has a tag 'v1' already and nothing was sent; choose another one"),
-        (dict(revision="v1"), "'v1' is a tag of user/toys and tags do not move; choose another name"),
+        (dict(revision="v1"), "'v1' is a tag of user/toys, and tags do not move; choose another name"),
     ],
 )
 def test_tags_do_not_move(options, message, hub, folder, push):
@@ -212,7 +214,7 @@ def test_a_broken_upload_looks_like_nothing_and_goes_on(revision, hub, folder, p
         (folder / "onnx/model.onnx").write_bytes(b"\0other")
     before = uploads(hub)
     hub.cut(after=1)
-    with pytest.raises(ConnectionError, match="the connection broke .*; run the same again, it goes on where it stop"):
+    with pytest.raises(ConnectionError, match="the connection broke .*; repeat the push to continue where it stopped"):
         push(revision=revision)
     branch = revision or "main"
     assert (uploads(hub) - before).total() == 1
@@ -239,7 +241,7 @@ def other_weights(folder):
 
 def test_a_connection_that_breaks_at_the_commit(hub, folder, push):
     hub.cut("POST /api/models/user/toys/commit/")
-    with pytest.raises(ConnectionError, match="user/toys shows nothing of it before all is there"):
+    with pytest.raises(ConnectionError, match="user/toys shows no file before all have arrived"):
         push(tag="v1")
     assert len(hub.model(NAME).commits) == 1
     hub.cut("POST /api/models/user/toys/tag/")
@@ -254,7 +256,7 @@ def test_a_connection_that_breaks_at_the_commit(hub, folder, push):
 
 def test_a_hub_with_a_problem(hub, push, monkeypatch):
     monkeypatch.setattr(HubHandler, "commit", None)  # status 500
-    with pytest.raises(ConnectionError, match=r"the Hub has a problem \(500: .*; run the same again"):
+    with pytest.raises(ConnectionError, match=r"the Hub has failed \(500: .*; repeat the push"):
         push()
 
 
@@ -268,14 +270,14 @@ def test_a_push_that_came_between_is_not_undone(hub, push, monkeypatch):
 
     monkeypatch.setattr(HfApi, "list_repo_files", list_and_lose_the_race)
     with pytest.raises(
-        OSError, match=f"{NAME} has changed meanwhile and was left alone; look, then run the same again"
+        OSError, match=f"{NAME} has changed during the push and was left as it is; check it, then repeat the push"
     ):
         push()
     assert hub.model(NAME).files()["f1_by_label.png"] == b"of another"
 
 
 class TestToken:
-    ADVICE = "make one that may write at http://.*/settings/tokens, then run `hf auth login` or set HF_TOKEN$"
+    ADVICE = "create a write token at http://.*/settings/tokens, then run `hf auth login` or set HF_TOKEN$"
 
     def fails(self, push, **options):
         with pytest.raises(PermissionError) as caught:
@@ -291,13 +293,13 @@ class TestToken:
     def test_wrong(self, token, hub, push, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "hf_wrong")
         message = self.fails(push, token=token)
-        assert re.match(rf"{hub.endpoint} does not know the token \(Invalid user token.*\); {self.ADVICE}", message)
+        assert re.match(rf"{hub.endpoint} rejects the token \(Invalid user token.*\); {self.ADVICE}", message)
         assert "HF_TOKEN environment variable" in message
         assert hub.repos == {}
 
     def test_read_only(self, hub, push):
         message = self.fails(push, token=hub.read_token)
-        assert re.match(f"the token 'my read token' of user may only read; {self.ADVICE}", message)
+        assert re.match(f"the token 'my read token' of user is read-only; {self.ADVICE}", message)
         assert hub.repos == {}
 
     def test_from_the_environment(self, hub, push, monkeypatch):
@@ -308,7 +310,7 @@ class TestToken:
     @pytest.mark.parametrize("name", ["club/toys", "stranger/toys", "USER/toys"])
     def test_a_place_of_others(self, name, hub, push):
         message = self.fails(push, repo_id=name)
-        assert message.startswith(f"user may not write to {name} with this token; check the name before the slash")
+        assert message.startswith(f"user cannot write to {name} with this token; check the name before the slash")
         assert f'the rights to create a model under the namespace "{name.split("/")[0]}"' in message
         assert hub.repos == {}
 
@@ -317,7 +319,7 @@ class TestToken:
         if there:
             HfApi(endpoint=hub.endpoint, token=hub.token).create_repo(NAME)
         message = self.fails(push, token=hub.fine_token)
-        assert message.startswith(f"user may not write to {NAME} with this token")
+        assert message.startswith(f"user cannot write to {NAME} with this token")
         assert not there or set(hub.model(NAME).files()) == {".gitattributes"}
 
 
