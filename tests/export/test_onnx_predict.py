@@ -1,97 +1,75 @@
 import io
 import json
-import random
+import runpy
 import shutil
 import subprocess
 import sys
-import unicodedata
 
 import numpy as np
 import onnx
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from transformers import BertTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from hf_mmclf import MMClfImageProcessor
+from hf_mmclf import MMClfConfig, MMClfImageProcessor, MMClfProcessor
 from hf_mmclf.export import onnx_predict
-from hf_mmclf.export.onnx_predict import OnnxClassifier, WordPiece, is_wordpiece, load_tokenizer, to_rgb
+from hf_mmclf.export.onnx import image_record, tokenizer_record
+from hf_mmclf.export.onnx_predict import OnnxClassifier, to_rgb
 from hf_mmclf.model import image_processing_mmclf
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WORDS = "a dog dogs on the bench cafe naive un ##want ##ed running ##s über İ 狗 猫 ж ##ж и ##и σ ##ς ##σ ß ##ß é ##é"
-WORDS = [*WORDS.split(), "e\u0301", "😀", "Dog", "É", *LETTERS, *(f"##{letter}" for letter in LETTERS[:16])]
-WORDS += "0123456789.,!?'-#@$%&()[]"
+WORDS = ["a", "dog", "##s", "cafe", "über", "狗", "e\u0301", "##ß", "😀", ".", "!", "$", "-", *LETTERS]
+WORDS += [f"##{letter}" for letter in LETTERS]
 VOCABULARY = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(WORDS)])}
-PIECES = "Café NAÏVE Über unwanted ΣΣ İstanbul straße 狗和猫 ﬁ ǆ don't [SEP] [sep] [MASK]. #hash $5 `x`"
-PIECES = [*PIECES.split(), *VOCABULARY, "a" * 100, "a" * 101, "👩\u200d👩\u200d👧", "🇫🇷", "👍🏽", "a\u00adb"]
-SPACES = [*" \t\n\r\u00a0\u2003\u3000\u200b\x00\ufffd\x0b\x1c\x85", "", "", "  ", "\r\n"]
-# `tokenizers` has the tables of Unicode 8; what was assigned in 3.2 has kept its category since, but for these
-KNOWN = [chr(code) for code in range(0x20, 0x30000) if not 0xD800 <= code <= 0xDFFF]
-KNOWN = [c for c in KNOWN if unicodedata.ucd_3_2_0.category(c) == unicodedata.category(c)]
+MAX_TOKENS = 24
+SIZE, MEAN, STD = 8, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+ODD_TEXTS = [
+    "a dog on a bench",
+    "Café NAÏVE Über — «déjà vu»!",
+    "狗和猫 straße İstanbul ΣΣ ﬁ ǆ",
+    "a [SEP] dog [sep] [MASK].",
+]
+ODD_TEXTS += [
+    "👩\u200d👩\u200d👧 dog 👍🏽 a\u00adb",
+    "\u200b\x00a\tdog\u00a0\ufffd\x85dog\r\n",
+    "a" * 150,
+    "dogs " * 60,
+    "",
+    " \n",
+    None,
+]
 
 
-def spec_of(tokenizer: Tokenizer, max_tokens: int = 24) -> dict:
-    copy = Tokenizer.from_str(tokenizer.to_str())
-    copy.enable_truncation(max_tokens)
-    copy.enable_padding(pad_id=0, pad_token="[PAD]")
-    return json.loads(copy.to_str())
+def bert() -> BertTokenizer:
+    return BertTokenizer(vocab=VOCABULARY, model_max_length=MAX_TOKENS)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"do_lower_case": False},
-        {"do_lower_case": False, "strip_accents": True},
-        {"strip_accents": False, "tokenize_chinese_chars": False},
-    ],
-)
-def test_tokenizer_equals_that_of_transformers_on_random_texts(options):
-    tokenizer = BertTokenizer(vocab=VOCABULARY, **options)
-    own = load_tokenizer(spec_of(tokenizer.backend_tokenizer))
-    assert isinstance(own, WordPiece)
-    draw = random.Random(0)
-    unknown = 0
-    for _ in range(150):
-        texts = []
-        for _ in range(draw.randint(1, 4)):
-            pieces = draw.choices(PIECES, k=draw.randint(0, 12)) + draw.choices(KNOWN, k=draw.randint(0, 4))
-            draw.shuffle(pieces)
-            texts.append("".join(piece + draw.choice(SPACES) for piece in pieces))
-        expected = tokenizer(texts, padding=True, truncation=True, max_length=24)
-        found = own.encode_batch(texts)
-        for field, name in (("ids", "input_ids"), ("attention_mask",) * 2, ("type_ids", "token_type_ids")):
-            assert [getattr(row, field) for row in found] == expected[name], texts
-        unknown += sum(row.ids.count(1) / sum(row.attention_mask) for row in found) / len(found)
-    assert unknown < 75  # the comparison is not one of unknown words only
+def byte_pairs() -> PreTrainedTokenizerFast:
+    """A tokenizer of another kind, that truncates on the left and has no special tokens around a text."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {token: i for i, token in enumerate(["<pad>", *sorted(letters), "do", "dog"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("d", "o"), ("do", "g")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    options = dict(pad_token="<pad>", model_max_length=MAX_TOKENS, truncation_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
-def test_other_tokenizers_need_the_package_tokenizers(monkeypatch):
-    tokenizer = Tokenizer(BPE({"d": 0, "o": 1, "g": 2, "do": 3, "[PAD]": 4}, [("d", "o")]))
-    spec = spec_of(tokenizer)
-    assert not is_wordpiece(spec)
-    assert load_tokenizer(spec).encode_batch(["dog"])[0].ids == [3, 2]
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match="split by BPE.*pip install tokenizers"):
-        load_tokenizer(spec)
+@pytest.mark.parametrize("make", [bert, byte_pairs])
+def test_inputs_equal_those_of_the_processor_for_odd_texts(make, write_stub):
+    tokenizer = make()
+    processor = MMClfProcessor(MMClfImageProcessor(size=SIZE), tokenizer)
+    image = Image.new("RGB", (SIZE, SIZE))
+    classifier = OnnxClassifier(write_stub(tokenizer=tokenizer))
+    expected = processor(images=[image] * len(ODD_TEXTS), text=ODD_TEXTS, return_tensors="np")
+    found = classifier.inputs([image] * len(ODD_TEXTS), ODD_TEXTS)
+    assert found["text_mask"].tolist() == expected["text_mask"].tolist() == [True] * 8 + [False] * 3
+    for name in ("input_ids", "attention_mask"):  # the model ignores the tokens of a missing text
+        np.testing.assert_array_equal(found[name][:8], expected[name][:8], name)
+    assert found["attention_mask"].sum(1).max() == MAX_TOKENS  # long texts are truncated
 
 
-@pytest.mark.parametrize("change", ["left", "added"])
-def test_word_pieces_with_options_of_their_own_are_left_to_tokenizers(change):
-    tokenizer = BertTokenizer(vocab=VOCABULARY)
-    spec = spec_of(tokenizer.backend_tokenizer)
-    assert is_wordpiece(spec)
-    if change == "left":
-        spec["padding"]["direction"] = "Left"
-    else:
-        spec["added_tokens"][-1]["lstrip"] = True
-    assert not is_wordpiece(spec)
-    assert load_tokenizer(spec).encode_batch(["a dog"])[0].ids == tokenizer("a dog")["input_ids"]
-
-
-def pictures() -> dict[str, Image.Image]:
+def images() -> dict[str, Image.Image]:
     draw = np.random.default_rng(0)
     noise = draw.integers(0, 256, (37, 50, 4), dtype=np.uint8)
     color = Image.fromarray(noise[..., :3])
@@ -121,51 +99,44 @@ def pictures() -> dict[str, Image.Image]:
     }
 
 
-@pytest.mark.parametrize("name", pictures())
-def test_pictures_are_prepared_as_by_the_image_processor(name, stub):
-    picture = pictures()[name]
-    expected = image_processing_mmclf.to_rgb(picture)
-    assert to_rgb(picture).mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(to_rgb(picture)), np.asarray(expected))
-    processor = MMClfImageProcessor(size=8, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4])
-    found = stub.inputs(picture, "a dog")["pixel_values"]
-    assert found.dtype == np.float32
-    # torchvision's resize and Pillow's round differently
-    expected = processor(picture, return_tensors="np")["pixel_values"]
-    levels = np.abs(found - expected) * [[[0.2]], [[0.3]], [[0.4]]] * 255
-    assert levels.max() < 2.1
-    assert (levels > 0.5).mean() < 0.05
-
-
-# Its first logit is the mean of the pixels, 9 without a picture; its second one the sum of the token ids.
+# The first logit is the mean of the pixels, or 9 without an image; the second one is the sum of the token ids.
 GRAPH = """<ir_version: 9, opset_import: ["" : 17]>
 stub (float[batch, 3, 8, 8] pixel_values, bool[batch] image_mask,
       int64[batch, tokens] input_ids, int64[batch, tokens] attention_mask, bool[batch] text_mask)
   => (float[batch, 2] logits) <float nine = {9.0}, int64[1] one = {1}> {
     mean = ReduceMean <axes = [1, 2, 3], keepdims = 0> (pixel_values)
-    seen = Where (image_mask, mean, nine)
-    given = Mul (input_ids, attention_mask)
-    sum = ReduceSum <keepdims = 0> (given, one)
-    read = Cast <to = 1> (sum)
-    masked = Cast <to = 1> (text_mask)
-    text = Mul (read, masked)
-    seen_column = Unsqueeze (seen, one)
-    text_column = Unsqueeze (text, one)
-    logits = Concat <axis = 1> (seen_column, text_column)
+    bright = Where (image_mask, mean, nine)
+    ids = Mul (input_ids, attention_mask)
+    sum = ReduceSum <keepdims = 0> (ids, one)
+    float_sum = Cast <to = 1> (sum)
+    has_text = Cast <to = 1> (text_mask)
+    wordy = Mul (float_sum, has_text)
+    bright_column = Unsqueeze (bright, one)
+    wordy_column = Unsqueeze (wordy, one)
+    logits = Concat <axis = 1> (bright_column, wordy_column)
 }"""
 
 
 @pytest.fixture(scope="module")
-def stub_file(tmp_path_factory):
-    record = {"labels": ["bright", "wordy"], "label_ids": ["1", "2"], "thresholds": [0.4, 0.9]}
-    record["missing_thresholds"] = {"image": 1.0}
-    record["image"] = {"size": 8, "resample": 3, "scale": 1 / 255, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
-    record["tokenizer"] = spec_of(BertTokenizer(vocab=VOCABULARY).backend_tokenizer)
-    model = onnx.parser.parse_model(GRAPH)
-    onnx.helper.set_model_props(model, {"hf_mmclf": json.dumps(record)})
-    path = tmp_path_factory.mktemp("stub") / "model.onnx"
-    onnx.save(model, path)
-    return path
+def write_stub(tmp_path_factory):
+    """Writes a model with the graph above: from a tokenizer and thresholds to its file."""
+
+    def write(tokenizer=None, thresholds=(0.4, 0.9), **record):
+        record = {"labels": ["bright", "wordy"], "thresholds": thresholds, "missing_thresholds": None, **record}
+        record["image"] = image_record(MMClfImageProcessor(size=SIZE, image_mean=MEAN, image_std=STD))
+        record["tokenizer"] = tokenizer_record(tokenizer or bert())
+        model = onnx.parser.parse_model(GRAPH)
+        onnx.helper.set_model_props(model, {"hf_mmclf": json.dumps(record)})
+        path = tmp_path_factory.mktemp("stub") / "model.onnx"
+        onnx.save(model, path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def stub_file(write_stub):
+    return write_stub(missing_thresholds={"image": 1.0})
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +144,26 @@ def stub(stub_file):
     return OnnxClassifier(stub_file)
 
 
-def test_rows_may_lack_a_picture_or_a_caption(stub):
+@pytest.mark.parametrize("name", images())
+def test_images_are_preprocessed_as_by_the_image_processor(name, stub):
+    image = images()[name]
+    expected = image_processing_mmclf.to_rgb(image)
+    assert to_rgb(image).mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.asarray(expected))
+    processor = MMClfImageProcessor(size=SIZE, image_mean=MEAN, image_std=STD)
+    found = stub.inputs(image, "a dog")["pixel_values"]
+    assert found.dtype == np.float32
+    # torchvision's resize and Pillow's round differently
+    expected = processor(image, return_tensors="np")["pixel_values"]
+    levels = np.abs(found - expected) * np.reshape(STD, (3, 1, 1)) * 255
+    assert levels.max() < 2.1
+    assert (levels > 0.5).mean() < 0.05
+
+
+def test_rows_with_a_missing_image_or_text(stub):
     white = Image.new("RGB", (8, 8), "white")
     logits = stub.logits([white, None, white], ["a dog", "a", " \n"])
-    light = np.mean((1 - np.array([0.5, 0.4, 0.3])) / [0.2, 0.3, 0.4])
+    light = np.mean((1 - np.array(MEAN)) / STD)
     ids = [sum(VOCABULARY[word] for word in ("[CLS]", *words, "[SEP]")) for words in (["a", "dog"], ["a"])]
     np.testing.assert_allclose(logits, [[light, ids[0]], [9, ids[1]], [light, 0]], rtol=1e-6)
     np.testing.assert_array_equal(stub.logits([white, None, white], ["a dog", "a", None], batch_size=1), logits)
@@ -185,7 +172,7 @@ def test_rows_may_lack_a_picture_or_a_caption(stub):
     assert stub.logits([], []).shape == (0, 2)
 
 
-def test_labels_reach_their_own_thresholds_and_the_most_likely_comes_first(stub):
+def test_labels_are_sorted_by_score(stub):
     black, white = (Image.new("RGB", (8, 8), color) for color in ("black", "white"))
     found = stub.labels([white, black, white], ["a dog", "a", None])
     assert [[label for label, _ in row] for row in found] == [["wordy", "bright"], ["wordy"], ["bright"]]
@@ -193,33 +180,46 @@ def test_labels_reach_their_own_thresholds_and_the_most_likely_comes_first(stub)
     assert found[2] == [("bright", pytest.approx(score, rel=1e-6))]
 
 
-def test_rows_that_lack_something_have_their_own_thresholds(stub):
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_score_equal_to_its_threshold_is_predicted(missing, stub, write_stub):
+    score = float(stub(text="a dog")[0, 0])
+    config = MMClfConfig(text_config={"model_type": "bert"}, image_backbone="test_resnet", num_labels=2)
+    for threshold, expected in ((score, ["bright"]), (np.nextafter(score, 1), [])):
+        record = {"missing_thresholds": {"image": threshold}} if missing else {"thresholds": [threshold, 1.1]}
+        classifier = OnnxClassifier(write_stub(**record))
+        names = [name for name, _ in classifier.labels(text="a dog")[0]]
+        assert [name for name in names if name == "bright"] == expected
+        config.threshold = threshold
+        assert config.decide(classifier(text="a dog"))[0, 0] == bool(expected)
+
+
+def test_thresholds_of_rows_with_a_missing_image(stub):
     white = Image.new("RGB", (8, 8), "white")
-    expected = [[0.4, 0.9], [1, 1], [0.4, 0.9]]  # for rows without a caption none was fitted
+    expected = [[0.4, 0.9], [1, 1], [0.4, 0.9]]  # this model has no threshold for rows without a text
     np.testing.assert_array_equal(stub.thresholds([white, None, white], ["a dog", "a dog", " "]), expected)
     assert stub.thresholds([], []).shape == (0, 2)
     assert [len(row) for row in stub.labels([white, None], ["a dog", "a dog"])] == [2, 0]
 
 
-def test_pictures_are_files_or_paths_too(stub, tmp_path):
-    picture = pictures()["color"]
+def test_images_can_be_files_or_paths(stub, tmp_path):
+    image = images()["color"]
     file = io.BytesIO()
-    picture.save(file, "png")
+    image.save(file, "png")
     (tmp_path / "a.png").write_bytes(file.getvalue())
-    expected = stub.logits(picture)
+    expected = stub.logits(image)
     for source in (file, tmp_path / "a.png", str(tmp_path / "a.png")):
         np.testing.assert_array_equal(stub.logits([source]), expected)
 
 
-def test_bad_rows_are_named(stub, tmp_path):
-    (tmp_path / "bad.jpg").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"row 1: cannot read the picture .*bad\.jpg"):
-        stub.logits([pictures()["color"], tmp_path / "bad.jpg"])
-    with pytest.raises(ValueError, match="row 1 has neither a picture nor a caption"):
+def test_errors_name_the_row(stub, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"row 1: cannot read the image .*bad\.jpg"):
+        stub.logits([images()["color"], tmp_path / "bad.jpg"])
+    with pytest.raises(ValueError, match="row 1 has neither an image nor a text"):
         stub.logits([None, None], ["a dog", ""])
-    with pytest.raises(ValueError, match="2 and 1 pictures and captions"):
+    with pytest.raises(ValueError, match="got 2 images and 1 texts"):
         stub.logits([None, None], ["a dog"])
-    with pytest.raises(ValueError, match="no pictures and captions"):
+    with pytest.raises(ValueError, match="got neither images nor text"):
         stub.logits()
 
 
@@ -227,6 +227,17 @@ def test_files_of_other_programs_are_refused(tmp_path):
     onnx.save(onnx.parser.parse_model(GRAPH), tmp_path / "other.onnx")
     with pytest.raises(ValueError, match="other.onnx: no metadata of hf_mmclf"):
         OnnxClassifier(tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "tokenizers"])
+def test_a_missing_package_is_one_clear_line(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    line = f"{package}.*; run `pip install onnxruntime numpy pillow tokenizers`"
+    with pytest.raises(SystemExit, match=line) as caught:
+        runpy.run_path(onnx_predict.__file__, run_name="__main__")
+    assert "\n" not in caught.value.code
+    with pytest.raises(ImportError, match=line):
+        runpy.run_path(onnx_predict.__file__)
 
 
 def test_command(stub_file, tmp_path):
@@ -241,4 +252,4 @@ def test_command(stub_file, tmp_path):
     assert run("--image", "black.png").stdout == "black.png: no label\n"
     failed = run("--image", "white.png")
     assert failed.returncode == 2
-    assert "row 0: cannot read the picture white.png" in failed.stderr.splitlines()[-1]
+    assert "row 0: cannot read the image white.png" in failed.stderr.splitlines()[-1]
