@@ -274,7 +274,7 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
 
     @torch.no_grad()
     def frozen_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
-        """Compute the tokens of images (batch, 3, height, width) if all of the backbone is frozen, else return `None`."""
+        """Return the tokens of images (batch, 3, height, width) if the whole backbone is frozen, else `None`."""
         return self.encode_image(pixel_values)[0] if self.config.unfrozen_image_stages == 0 else None
 
     @torch.no_grad()
