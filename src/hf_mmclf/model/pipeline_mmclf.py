@@ -1,6 +1,6 @@
-"""Labels for pictures and captions in one call: the pipeline "image-text-classification".
+"""The pipeline "image-text-classification": labels of images and texts in one call.
 
-Pushed to the Hub as code, so it imports third-party packages only and stands alone.
+This file is pushed to the Hub as code: it imports only third-party packages and its neighbours.
 """
 
 import os
@@ -14,13 +14,15 @@ import torch
 import transformers
 from torch.utils.data import Dataset
 
+from .processing_mmclf import is_missing_image, is_missing_text
+
 __all__ = ["TASK", "ImageTextClassificationPipeline", "pipeline"]
 
 TASK = "image-text-classification"
 
 
 class Records(Dataset):
-    """Rows by number, as dictionaries with `image`, `text` and `index`; read when they are asked for."""
+    """A dataset of records with `image`, `text` and `index`. Rows are read when they are asked for."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]):
         self.rows = rows
@@ -33,15 +35,14 @@ class Records(Dataset):
 
 
 class Columns(Sequence):
-    """Columns of the same length as rows."""
+    """Columns of equal length, read row by row."""
 
-    def __init__(self, **columns: Sequence | None):
-        given = {name: column for name, column in columns.items() if column is not None}
-        self.columns = {name: getattr(column, "iloc", column) for name, column in given.items()}  # pandas: by place
-        lengths = {name: len(column) for name, column in given.items()}
+    def __init__(self, **columns: Sequence):
+        # pandas reads by position through `iloc`
+        self.columns = {name: getattr(column, "iloc", column) for name, column in columns.items()}
+        lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"columns of different lengths: {lengths}; expected one caption for each picture")
-
+            raise ValueError(f"columns of different lengths: {lengths}; expected one text for each image")
         self.length = next(iter(lengths.values()))
 
     def __len__(self) -> int:
@@ -52,7 +53,7 @@ class Columns(Sequence):
 
 
 def as_record(index: int, row: Any) -> dict[str, Any]:
-    """One row in the form that `preprocess` takes; `ValueError` for what is no row."""
+    """Return a row as a record for `preprocess`; raise `ValueError` if it is not a row."""
     if not isinstance(row, Mapping):
         raise ValueError(
             f'record {index}: got {type(row).__name__}; expected {{"image": ..., "text": ...}}, or the keyword form '
@@ -64,7 +65,7 @@ def as_record(index: int, row: Any) -> dict[str, Any]:
 
 
 def is_one(value: Any) -> bool:
-    """Whether this is one picture or caption, not a column of them."""
+    """Return whether a value is one image or text, and not a column of them."""
     if isinstance(value, np.ndarray | torch.Tensor):
         return value.ndim < 4
     return isinstance(value, str | bytes | bytearray | memoryview | Mapping) or not hasattr(value, "__len__")
@@ -72,17 +73,28 @@ def is_one(value: Any) -> bool:
 
 class ImageTextClassificationPipeline(transformers.Pipeline):
     r"""
-    Labels for pictures, captions, or pairs of them.
+    Predict labels from images, texts, or pairs of them.
 
-    ```python
-    pipe({"image": "dog.jpg", "text": "a dog on a bench"})  # or pipe(image="dog.jpg", text="a dog on a bench")
-    # [{'label': 'dog', 'score': 0.97}, {'label': 'bench', 'score': 0.61}]
-    pipe([{"image": "dog.jpg"}, {"text": "a bench"}], batch_size=16)  # a list of such lists
-    pipe(image=rows["image"], text=rows["text"], batch_size=16)  # columns, such as those of a `datasets` table
-    ```
+    An image is a path, a URL, a PIL image, encoded bytes or an array. A row may lack its image or its text (`None`, no
+    key, or a blank text) if the model has both backbones.
 
-    A picture is a path, a URL, a PIL image, encoded bytes or an array. Either may be missing (`None`, no key, or a
-    blank caption) if the model has both. A generator gives a generator.
+    Args:
+        args, kwargs: Those of `transformers.Pipeline`, and those of the call, which become its defaults.
+
+    Example:
+
+        >>> from PIL import Image
+        >>> import hf_mmclf
+
+        >>> config = hf_mmclf.MMClfConfig(image_backbone="test_resnet", id2label={0: "cat", 1: "dog"})
+        >>> model = hf_mmclf.MMClfForImageTextClassification(config)
+        >>> processor = hf_mmclf.MMClfProcessor(hf_mmclf.MMClfImageProcessor(size=64))
+        >>> pipe = hf_mmclf.pipeline(model, processor=processor)
+        >>> image = Image.new("RGB", (40, 30), "red")
+        >>> sorted(row["label"] for row in pipe(image=image, return_all_scores=True))
+        ['cat', 'dog']
+        >>> len(pipe([{"image": image}, {"image": image}], top_k=1, batch_size=2))
+        2
     """
 
     _load_processor = True
@@ -94,58 +106,61 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.model.eval()
-        if self.processor.tokenizer is not None:  # which may not know how many positions the model has
-            known = self.processor.tokenizer.model_max_length
-            self.processor.tokenizer.model_max_length = min(known, self.model.max_tokens)
+        if self.processor.tokenizer is not None:  # it may not know how many positions the model has
+            self.model.limit_text(self.processor.tokenizer)
 
     def __call__(
         self, inputs: Any = None, *, image: Any = None, text: Any = None, **kwargs
     ) -> list[dict[str, Any]] | list[list[dict[str, Any]]] | Iterator[list[dict[str, Any]]]:
         r"""
+        Predict the labels of one row or of several.
+
         Args:
             inputs (`dict`, list of `dict`, generator of `dict` or `datasets.Dataset`, *optional*):
                 Rows with the keys `image` and `text`, or one of them.
             image, text (*optional*):
-                A picture and a caption, or a column of each, in place of `inputs`.
+                One image and one text, or a column of each, instead of `inputs`.
             threshold (`float`, `dict[str, float]` or `list[float]`, *optional*):
-                In place of the model's own thresholds: for all labels, for those named, or for each in order.
+                Thresholds that replace the model's own: one for all labels, by label name, or one for each label.
             top_k (`int`, *optional*):
-                At most so many labels. Without `threshold`, the most likely ones whatever the model's thresholds.
+                The largest number of labels. Without `threshold`, the model's thresholds are not used then.
             return_all_scores (`bool`, *optional*, defaults to `False`):
-                All labels, whatever their scores.
+                Whether to return all labels with their scores.
             batch_size (`int`, *optional*, defaults to 1):
-                Rows in one forward pass.
+                The number of rows in one forward pass.
             num_workers (`int`, *optional*, defaults to 0):
-                Processes that load and transform pictures.
+                The number of processes that load and transform images.
 
         Returns:
             `list[dict]` for one row: `{"label": str, "score": float}`, most likely first. A list of these for a list
             or columns, a generator of them for a generator.
 
         Raises:
-            `ValueError`: a row that is no row, has neither picture nor caption, or a picture that cannot be read; the
-            row is named by its index.
+            `ValueError`: if a row has no image and no text, has other keys, or its image cannot be read. The message
+            names the row by its index.
         """
         if (inputs is None) == (image is None and text is None):
             raise ValueError("expected records, or pipe(image=..., text=...): one of these forms, and not both")
         if inputs is None:
-            columns = [value for value in (image, text) if value is not None]
-            single = [is_one(value) for value in columns]
-            if any(single) and not all(single):
-                raise ValueError("image and text are one column and one single value; expected two of the same kind")
-            if all(single):
-                inputs = {name: value for name, value in (("image", image), ("text", text)) if value is not None}
-            else:
-                inputs = Columns(image=image, text=text)
+            inputs = self._as_inputs(image=image, text=text)
         if hasattr(inputs, "iloc"):  # a table of pandas
             inputs = Columns(**{str(name): inputs[name] for name in inputs.columns})
         if isinstance(inputs, Mapping):
             return super().__call__(as_record(0, inputs), **kwargs)
         if isinstance(inputs, str | bytes) or not isinstance(inputs, Iterable | Sequence | Dataset):
-            as_record(0, inputs)  # says what is expected
+            as_record(0, inputs)  # raises an error that says what is expected
         if not hasattr(inputs, "__len__"):
             return super().__call__((as_record(index, row) for index, row in enumerate(inputs)), **kwargs)
         return list(super().__call__(Records(inputs), **kwargs)) if len(inputs) else []
+
+    @staticmethod
+    def _as_inputs(**given: Any) -> dict[str, Any] | Columns:
+        """Return the keyword form of the call as one row or as columns."""
+        given = {name: value for name, value in given.items() if value is not None}
+        single = {is_one(value) for value in given.values()}
+        if len(single) == 2:
+            raise ValueError("image and text are one column and one single value; expected two of the same kind")
+        return given if True in single else Columns(**given)
 
     def _sanitize_parameters(
         self,
@@ -165,48 +180,48 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         return {}, {}, options
 
     def _thresholds(self, given: float | Mapping[str, float] | Sequence[float]) -> np.ndarray:
-        """One threshold for each label, NaN where the model's own holds."""
+        """Return one threshold for each label, NaN where the model's own applies."""
         config = self.model.config
         values = np.asarray(list(given.values()) if isinstance(given, Mapping) else given, dtype=np.float64)
         if not ((values >= 0) & (values <= 1)).all():
             raise ValueError(f"threshold is {given!r}; expected probabilities in [0, 1]")
         if isinstance(given, Mapping):
             if unknown := sorted(set(given) - set(config.label2id)):
-                raise ValueError(f"threshold names unknown labels {unknown}; expected some of {list(config.label2id)}")
-            thresholds = np.full(config.num_labels, np.nan)  # the model's own, which depends on the row
+                raise ValueError(f"threshold has unknown labels {unknown}; expected some of {list(config.label2id)}")
+            thresholds = np.full(config.num_labels, np.nan)
             thresholds[[config.label2id[name] for name in given]] = values
         else:
             thresholds = values
             if thresholds.shape not in ((), (config.num_labels,)):
                 raise ValueError(
                     f"threshold has the shape {thresholds.shape}; expected a number, a dictionary by label name, or "
-                    f"{config.num_labels} numbers, one for each label in their order"
+                    f"{config.num_labels} numbers, one for each label"
                 )
         return np.broadcast_to(thresholds, config.num_labels)
 
     def preprocess(self, input_: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """A record to the model's inputs, with a batch of one; what the row lacks is masked."""
+        """Turn a record into model inputs: a batch of one row, in which a missing modality is masked."""
         index, image, text = input_["index"], input_["image"], input_["text"]
-        if isinstance(image, Mapping) and image.get("bytes") is None and not image.get("path"):
-            image = None  # a cell of a `datasets` table without a picture
         if text is not None and not isinstance(text, str):
             raise ValueError(f"record {index}: the text is {type(text).__name__}; expected a string")
-        if image is None and not (text or "").strip():
-            raise ValueError(f"record {index} has neither a picture nor a caption; expected at least one of them")
-        if image is not None:
-            try:
-                image = self.processor.image_processor.fetch_images(image) if self.processor.image_processor else image
-            except Exception as error:  # Pillow's decoders raise nearly everything
-                raise ValueError(f"record {index}: cannot read the picture {_name(image)}: {error}") from error
-        given = {}  # of what the model has, also what is absent; of what it does not have, the processor complains
-        if image is not None or self.processor.image_processor is not None:
-            given["images"] = [image]
-        if text is not None or self.processor.tokenizer is not None:
-            given["text"] = [text]
+        image = None if is_missing_image(image) else image
+        if image is None and is_missing_text(text):
+            raise ValueError(f"record {index} has neither an image nor a text; expected at least one of them")
+        parts = {"images": (image, self.processor.image_processor), "text": (text, self.processor.tokenizer)}
+        # a missing modality is given too, if the model has it; the processor refuses one that it has not
+        given = {name: [value] for name, (value, part) in parts.items() if value is not None or part is not None}
         try:
+            if image is not None and self.processor.image_processor is not None:
+                given["images"] = [self._read(image)]
             return dict(self.processor(**given))
         except ValueError as error:
             raise ValueError(f"record {index}: {error}") from error
+
+    def _read(self, image: Any) -> Any:
+        try:
+            return self.processor.image_processor.fetch_images(image)
+        except Exception as error:  # Pillow's decoders raise nearly everything
+            raise ValueError(f"cannot read the image {_name(image)}: {error}") from error
 
     def _forward(self, model_inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         inputs, present = dict(model_inputs), {}
@@ -216,7 +231,7 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         ):
             if mask in inputs:
                 present[part] = inputs[mask]
-            if mask in inputs and not inputs[mask].any():  # a backbone need not run for nothing
+            if mask in inputs and not inputs[mask].any():  # no backbone runs for rows that all lack its input
                 for name in (mask, *names):
                     inputs.pop(name, None)
         if "pixel_values" in inputs:
@@ -230,7 +245,15 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         top_k: int | None = None,
         return_all_scores: bool = False,
     ) -> list[dict[str, Any]]:
-        """Labels with their scores, most likely first."""
+        """
+        Turn the logits of one row into labels with their scores, most likely first.
+
+        Args:
+            model_outputs (`dict[str, torch.Tensor]`): `logits`, and whether the row has an `image` and a `text`.
+            thresholds (`np.ndarray` of shape `(num_labels,)`, *optional*):
+                Thresholds that replace the model's own, except where they are NaN.
+            top_k, return_all_scores: As for the call.
+        """
         config = self.model.config
         scores = model_outputs["logits"][0].float().sigmoid().numpy()
         present = [bool(model_outputs.get(part, [True])[0]) for part in ("image", "text")]
@@ -242,10 +265,16 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         return [{"label": config.id2label[int(i)], "score": float(scores[i])} for i in order[:top_k]]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Writes what `AutoModel`, `AutoProcessor` and `pipeline` load again, here or without this package."""
+        """
+        Save model, processor and code, for `AutoModel`, `AutoProcessor` and `pipeline` with or without this package.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            kwargs: The other arguments of `Pipeline.save_pretrained`.
+        """
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
-        code = Path(__file__)  # transformers leaves it out where the class has been loaded from a folder
+        code = Path(__file__)  # transformers leaves it out if the class comes from a folder
         if code.resolve() != Path(save_directory, code.name).resolve():
             shutil.copyfile(code, Path(save_directory, code.name))
 
@@ -258,8 +287,10 @@ def _name(image: Any) -> str:
 
 def pipeline(model: Any, **options: Any) -> ImageTextClassificationPipeline:
     r"""
-    `transformers.pipeline` for this task with the class already named: nothing of the folder is executed, so no
-    `trust_remote_code` is asked for, which `transformers.pipeline` does wherever a folder names a pipeline of its own.
+    Create the pipeline of a model.
+
+    Unlike `transformers.pipeline`, this needs no `trust_remote_code` for a folder that names its own pipeline class,
+    since it runs no code of the folder.
 
     Args:
         model (`str`, `Path` or [`MMClfForImageTextClassification`]):

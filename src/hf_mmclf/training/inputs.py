@@ -270,5 +270,5 @@ def build_processor(
             image_std=list(known["std"]),
         )
     if tokenizer is not None:
-        tokenizer.model_max_length = min(args.max_tokens, model.max_tokens)  # saved with it
+        model.limit_text(tokenizer, args.max_tokens)  # the tokenizer is saved with this limit
     return MMClfProcessor(image_processor, tokenizer)
