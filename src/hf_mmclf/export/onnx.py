@@ -14,8 +14,8 @@ import torch
 from datasets import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
-from ..data.collator import is_absent, open_image
 from ..data.demo import DEMO_LABELS
+from ..data.images import is_missing, open_image
 from ..data.prepare import DataArguments, presence, references_of
 from ..evaluation.metrics import MultiLabelMetric, metrics_table
 from ..evaluation.report import scores_of
@@ -250,7 +250,7 @@ def _batches(finished: Predictor, rows: Dataset, folder: Path | None, size: int)
         batch = {}
         if config.has_image:
             batch["images"] = [
-                None if is_absent(cell) else to_pil_image(open_image(cell, Path(folder or "."), where))
+                None if is_missing(cell) else to_pil_image(open_image(cell, Path(folder or "."), where))
                 for cell, where in zip(part["image"], part["where"], strict=True)
             ]
         if config.has_text:

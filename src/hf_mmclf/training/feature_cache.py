@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data.collator import Collator, EvaluationImageTransform, RowTransform
-from ..data.prepare import picture_paths
+from ..data.images import image_paths
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from .arguments import MMClfTrainingArguments
 
@@ -363,7 +363,7 @@ def _digest_of_weights(model: MMClfForImageTextClassification) -> str:
 def _digest_of_rows(rows: Dataset, folder: Path) -> str:
     """Of captions, and of pictures: their bytes, or the name, size and time of their file."""
     digest = hashlib.blake2b()
-    for row, (place, text) in enumerate(zip(picture_paths(rows), rows["text"][:], strict=True)):
+    for row, (place, text) in enumerate(zip(image_paths(rows), rows["text"][:], strict=True)):
         digest.update(repr((place, text)).encode())
         if place is True:
             digest.update(rows[row]["image"]["bytes"])
