@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from hf_mmclf.data.labels import LabelSet, find_delimiter, find_unknown, parse_labels
+from hf_mmclf.data.labels import (
+    LabelSet,
+    find_delimiter,
+    parse_indicator_columns,
+    parse_label_column,
+    stratified_split,
+)
 
 
 def table(values, feature=None, **columns):
@@ -36,7 +42,7 @@ PETS = ClassLabel(names=["cat", "dog", "guinea pig"])
     ],
 )
 def test_labels_in_one_column(values, labels):
-    assert parse_labels(table(values), "labels") == labels
+    assert parse_label_column(table(values), "labels").rows == labels
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ def test_labels_in_one_column(values, labels):
     ],
 )
 def test_class_indices_become_names(values, feature, labels):
-    assert parse_labels(table(values, feature), "labels") == labels
+    assert parse_label_column(table(values, feature), "labels").rows == labels
 
 
 @pytest.mark.parametrize(
@@ -60,7 +66,7 @@ def test_class_indices_become_names(values, feature, labels):
     ],
 )
 def test_a_given_delimiter_is_the_only_one(values, delimiter, labels):
-    assert parse_labels(table(values), "labels", delimiter=delimiter) == labels
+    assert parse_label_column(table(values), "labels", delimiter).rows == labels
 
 
 def test_the_delimiter_is_that_of_the_whole_column():
@@ -81,34 +87,32 @@ def test_the_delimiter_is_that_of_the_whole_column():
 )
 def test_a_column_for_each_label(cat, dog):
     rows = table([None] * 3, cat=cat, dog=dog)
-    assert parse_labels(rows, columns=["dog", "cat"]) == [["dog", "cat"], ["dog"], []]
+    assert parse_indicator_columns(rows, ["dog", "cat"]).rows == [["dog", "cat"], ["dog"], []]
 
 
 @pytest.mark.parametrize(
     "values, message",
     [
         ([1.0, 2.5], "t.csv:3: cannot read the labels 2.5"),
-        ([["a"], [["b"]]], None),
         ([[["a"]], [["b"]]], "t.csv:2: cannot read the labels"),
         ([{"a": 1}], "t.csv:2: cannot read the labels {'a': 1}"),
-        ([[1, 3], [0, 1, 1]], r"t.csv:3: the labels are \[0, 1, 1\], of 0 and 1; give such labels a column each"),
-        ([[0.0, 1.0, 0.0]], "t.csv:2: the labels are .* a column each"),
+        (
+            [[1, 3], [0, 1, 1]],
+            r"t.csv:3: cannot read the labels \[0, 1, 1\]; expected labels, not 0 and 1; .*--label_columns",
+        ),
+        ([[0.0, 1.0, 0.0]], "t.csv:2: cannot read the labels .* a column each"),
     ],
 )
 def test_values_that_are_no_labels_are_named_with_their_row(values, message):
-    if message is None:
-        with pytest.raises(Exception):  # noqa: B017 - Arrow refuses such a column itself
-            table(values)
-        return
     with pytest.raises(ValueError, match=message):
-        parse_labels(table(values), "labels")
+        parse_label_column(table(values), "labels")
 
 
 @pytest.mark.parametrize("value", [2, "yes", "", None, 0.5])
 def test_columns_of_anything_but_0_and_1(value):
     rows = Dataset.from_dict({"cat": [type(value or "")(1), value], "where": ["t.csv:2", "t.csv:3"]})
     with pytest.raises(ValueError, match=f"t.csv:3: column 'cat' is {value!r}; expected 0 or 1"):
-        parse_labels(rows, columns=["cat"])
+        parse_indicator_columns(rows, ["cat"])
 
 
 # The set
@@ -147,7 +151,7 @@ def test_a_names_file_fixes_the_set(tmp_path):
     [
         ('["person"]', "expected a JSON object"),
         ('{"1": 5}', "expected a JSON object"),
-        ('{"1": "a", "2": "a"}', "two labels have one name"),
+        ('{"1": "a", "2": "a"}', "two labels have the same name"),
         ("{1: a}", "names.json: not JSON"),
     ],
 )
@@ -183,17 +187,14 @@ def test_an_unknown_label_is_an_error_with_its_row_and_the_nearest(label, hint):
     assert str(error.value).startswith(f"t.csv:3: unknown label {label!r}; {hint}")
 
 
-def test_labels_of_cells_that_repeat():
-    """Each distinct cell is parsed and encoded once; an error names the first row that has it."""
-    cells = [["cat", "dog"], ["cat"], ["dog", "cat"], ["cat"], ["cat", "dog"]]
-    rows = parse_labels(table(cells), "labels")
-    assert rows == cells == parse_labels(table([" ".join(cell) for cell in cells]), "labels")
-    np.testing.assert_array_equal(LabelSet.from_rows(rows).encode(rows, []), [[1, 1], [1, 0], [1, 1], [1, 0], [1, 1]])
-    with pytest.raises(ValueError, match="t.csv:4: unknown label 'boat'"):
-        places = [f"t.csv:{line}" for line in range(2, 7)]
-        LabelSet.from_rows(rows).encode([["cat"], ["cat"], ["cat", "boat"], ["cat"], ["cat", "boat"]], places)
-    with pytest.raises(ValueError, match=r"t.csv:4: the labels are \[0, 1, 1\], of 0 and 1"):
-        parse_labels(table([[2, 3], [2, 3], [0, 1, 1], [0, 1, 1]]), "labels")
+def test_an_error_names_the_first_row_with_a_cell_that_repeats():
+    cells = [["cat", "dog"], ["cat"], ["dog", "cat"], ["cat"], ["cat", "boat"], ["cat", "boat"]]
+    rows, _ = parse_label_column(table(cells), "labels")
+    assert rows == cells
+    with pytest.raises(ValueError, match="t.csv:6: unknown label 'boat'"):
+        LabelSet.from_rows(rows[:4]).encode(rows, [f"t.csv:{line}" for line in range(2, 8)])
+    with pytest.raises(ValueError, match=r"t.csv:4: cannot read the labels \[0, 1, 1\]"):
+        parse_label_column(table([[2, 3], [2, 3], [0, 1, 1], [0, 1, 1]]), "labels")
 
 
 def test_a_whole_table_of_every_form_gives_the_same_matrix():
@@ -201,9 +202,9 @@ def test_a_whole_table_of_every_form_gives_the_same_matrix():
     rows = {"a": [[0], [0, 1], []], "b": ["x", "y x", ""], "where": ["1", "2", "3"]}
     data = Dataset.from_dict(rows, features=features)
     data = data.add_column("x", [1, 1, 0]).add_column("y", [0, 1, 0])
-    parsed = [parse_labels(data, "a"), parse_labels(data, "b"), parse_labels(data, columns=["x", "y"])]
-    matrices = [LabelSet.from_rows(rows).encode(rows, data["where"]) for rows in parsed]
-    for matrix in matrices:
+    parsed = [parse_label_column(data, name).rows for name in ("a", "b")]
+    for rows in (*parsed, parse_indicator_columns(data, ["x", "y"]).rows):
+        matrix = LabelSet.from_rows(rows).encode(rows, data["where"])
         np.testing.assert_array_equal(matrix, [[1, 0], [1, 1], [0, 0]])
 
 
@@ -212,24 +213,56 @@ def test_unknown_labels_in_columns(minus):
     rows = Dataset.from_dict(
         {"cat": [type(minus)(1), minus, type(minus)(0)], "dog": [1, 0, 1], "where": ["a", "b", "c"]}
     )
-    parsed = parse_labels(rows, columns=["cat", "dog"])
-    unknown = find_unknown(rows, columns=["cat", "dog"])
-    assert (parsed, unknown) == ([["cat", "dog"], [], ["dog"]], {1: ["cat"]})
-    labels = LabelSet.from_rows([*parsed, ["cat", "dog"]])
-    assert labels.encode(parsed, rows["where"], unknown).tolist() == [[1, 1], [-1, 0], [0, 1]]
+    labels, unknown = parse_indicator_columns(rows, ["cat", "dog"])
+    assert (labels, unknown) == ([["cat", "dog"], [], ["dog"]], {1: ["cat"]})
+    encoded = LabelSet(("cat", "dog"), ("cat", "dog")).encode(labels, rows["where"], unknown)
+    assert encoded.tolist() == [[1, 1], [-1, 0], [0, 1]]
 
 
-def test_empty_cells_are_unknown_only_on_demand():
+def test_empty_indicators_are_unknown_only_on_demand():
     rows = Dataset.from_dict({"cat": ["1", "", None], "dog": ["1", "0", "1"], "where": ["a", "b", "c"]})
     with pytest.raises(ValueError, match="b: column 'cat' is ''; expected 0 or 1, or -1 for unknown"):
-        parse_labels(rows, columns=["cat", "dog"])
-    parsed = parse_labels(rows, columns=["cat", "dog"], empty_is_unknown=True)
-    unknown = find_unknown(rows, columns=["cat", "dog"], empty_is_unknown=True)
-    assert (parsed, unknown) == ([["cat", "dog"], [], ["dog"]], {1: ["cat"], 2: ["cat"]})
-    for values in (["cat dog", "", None, "dog"], [["cat", "dog"], [], None, ["dog"]]):
-        text = table(values)
-        assert find_unknown(text, "labels") == {}
-        unknown, parsed = find_unknown(text, "labels", empty_is_unknown=True), parse_labels(text, "labels")
-        assert unknown == {1: None, 2: None}
-        encoded = LabelSet.from_rows(parsed).encode(parsed, text["where"], unknown)
-        assert encoded.tolist() == [[1, 1], [-1, -1], [-1, -1], [0, 1]]
+        parse_indicator_columns(rows, ["cat", "dog"])
+    parsed = parse_indicator_columns(rows, ["cat", "dog"], empty_is_unknown=True)
+    assert parsed == ([["cat", "dog"], [], ["dog"]], {1: ["cat"], 2: ["cat"]})
+
+
+@pytest.mark.parametrize("values", [["cat dog", "", None, "dog"], [["cat", "dog"], [], None, ["dog"]]])
+def test_empty_label_cells_are_unknown_only_on_demand(values):
+    data = table(values)
+    assert parse_label_column(data, "labels").unknown == {}
+    labels, unknown = parse_label_column(data, "labels", empty_is_unknown=True)
+    assert unknown == {1: None, 2: None}
+    encoded = LabelSet.from_rows(labels).encode(labels, data["where"], unknown)
+    assert encoded.tolist() == [[1, 1], [-1, -1], [-1, -1], [0, 1]]
+
+
+# Splits
+
+
+def test_each_label_has_its_share_of_each_part():
+    rng = np.random.default_rng(0)
+    rates = np.array([0.6, 0.3, 0.1, 0.03, 0.01, 0.005])
+    labels = rng.random((4000, 6)) < rates
+    fractions = np.array([0.8, 0.1, 0.1])
+
+    def worst(parts, counted=labels):
+        """Largest gap between a label's rows in a part and its share, in rows."""
+        shares = zip(parts, fractions, strict=True)
+        return max(np.abs(counted[part].sum(0) - share * counted.sum(0)).max() for part, share in shares)
+
+    def rare(parts):
+        return worst(parts, labels[:, 3:])
+
+    parts = stratified_split(labels, fractions, seed=0)
+    assert sorted(np.concatenate(parts)) == list(range(4000))
+    np.testing.assert_allclose([len(part) for part in parts], 4000 * fractions, atol=40)
+    at_random = [np.split(np.random.default_rng(seed).permutation(4000), [3200, 3600]) for seed in range(20)]
+    assert rare(parts) <= 1 < np.median([rare(parts) for parts in at_random])
+    assert worst(parts) < np.median([worst(parts) for parts in at_random])
+
+
+@pytest.mark.parametrize("fractions", [[0.5, 0.6], [1.1, -0.1], [0.0, 1.0]])
+def test_fractions_that_do_not_add_up(fractions):
+    with pytest.raises(ValueError, match="expected shares that add up to 1"):
+        stratified_split(np.ones((10, 1), bool), fractions, 0)

@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset, DatasetDict, Image
 from PIL import Image as PILImage
 
-from hf_mmclf.data import tables as sources
-from hf_mmclf.data.tables import SourceError, read_source, read_table
+from hf_mmclf.data import tables
+from hf_mmclf.data.tables import read_source, read_table
 
 DATA = Path(os.environ.get("HF_MMCLF_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}; HF_MMCLF_DATA names another place")
@@ -37,8 +37,8 @@ def read(path, content):
     return read_table(write(path, content)).remove_columns("where").to_list()
 
 
-def captions(tmp_path, lines, header="ImageID,Labels,Caption"):
-    """The captions that a competition file of these lines is read as."""
+def texts(tmp_path, lines, header="ImageID,Labels,Caption"):
+    """Return the texts that are read from a competition file with these lines."""
     return [row["Caption"] for row in read(tmp_path / "train.csv", "\n".join([header, *lines]) + "\n")]
 
 
@@ -95,7 +95,7 @@ def test_a_table_read_in_pieces_is_the_table_read_at_once(tmp_path, monkeypatch)
     json_lines = "\n".join(map(json.dumps, rows))
     lines = delimited([{"ImageID": f"{i}.jpg", "Caption": "two\nlines" * (i % 2)} for i in range(7)])
     at_once = read(tmp_path / "t.jsonl", json_lines), read(tmp_path / "t.csv", lines)
-    monkeypatch.setattr(sources, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(tables, "ROWS_AT_ONCE", 2)
     assert (read(tmp_path / "t.jsonl", json_lines), read(tmp_path / "t.csv", lines)) == at_once
     where = [f"t.csv:{line}" for line in (2, 3, 5, 6, 8, 9, 11)]
     assert read_table(tmp_path / "t.csv")["where"][:] == where
@@ -112,8 +112,8 @@ def test_a_table_read_in_pieces_is_the_table_read_at_once(tmp_path, monkeypatch)
     ],
 )
 def test_what_cannot_be_read_in_a_later_piece_is_named_too(tmp_path, monkeypatch, name, content, message):
-    monkeypatch.setattr(sources, "ROWS_AT_ONCE", 2)
-    with pytest.raises(SourceError, match=message):
+    monkeypatch.setattr(tables, "ROWS_AT_ONCE", 2)
+    with pytest.raises(ValueError, match=message):
         read_table(write(tmp_path / name, content))
 
 
@@ -126,7 +126,7 @@ def test_a_folder_with_metadata_is_the_training_split(tmp_path):
 
 
 def test_split_folders_prefix_names_and_places(tmp_path):
-    write(tmp_path / "train" / "metadata.csv", "file_name,text\na.jpg,a dog\n,no picture\n")
+    write(tmp_path / "train" / "metadata.csv", "file_name,text\na.jpg,a dog\n,no image\n")
     write(tmp_path / "val" / "metadata.jsonl", '{"file_name": "a.jpg", "text": "a cat"}')
     splits = read_source(str(tmp_path))
     assert list(splits) == ["train", "validation"]
@@ -146,18 +146,18 @@ def test_a_folder_of_tables_has_their_splits(tmp_path):
         "test": ["test"],
     }
     write(tmp_path / "valid.csv", "text\nagain\n")
-    with pytest.raises(SourceError, match="more than one table for the split 'validation'"):
+    with pytest.raises(ValueError, match="more than one table for the split 'validation'"):
         read_source(str(tmp_path))
 
 
-def picture_bytes():
+def image_bytes():
     file = io.BytesIO()
     PILImage.new("RGB", (4, 3), "red").save(file, "png")
     return file.getvalue()
 
 
 def test_saved_data_sets_keep_their_bytes_and_splits(tmp_path):
-    rows = Dataset.from_dict({"image": [{"bytes": picture_bytes(), "path": None}], "text": ["red"]})
+    rows = Dataset.from_dict({"image": [{"bytes": image_bytes(), "path": None}], "text": ["red"]})
     rows = rows.cast_column("image", Image())
     rows.save_to_disk(tmp_path / "one")
     DatasetDict({"train": rows, "val": rows, "other": rows}).save_to_disk(tmp_path / "two")
@@ -166,7 +166,7 @@ def test_saved_data_sets_keep_their_bytes_and_splits(tmp_path):
     assert list(one) == ["train"] and list(two) == ["train", "validation"]
     assert one["train"][0]["image"].size == (4, 3)
     stored = two["validation"].cast_column("image", Image(decode=False))[0]["image"]["bytes"]
-    assert stored == picture_bytes()
+    assert stored == image_bytes()
     assert two["validation"]["where"][:] == ["two/val:1"]  # no path of this machine
 
 
@@ -178,10 +178,10 @@ def test_other_names_are_data_sets_of_the_hub(monkeypatch):
         "user/one": rows,
         "user/odd": DatasetDict(val=rows, dev=rows),
     }
-    monkeypatch.setattr(sources, "load_dataset", lambda name: asked.append(name) or hub[name])
+    monkeypatch.setattr(tables, "load_dataset", lambda name: asked.append(name) or hub[name])
     assert list(read_source("user/pets")) == ["train", "validation"]
     assert read_source("user/one")["train"]["where"][:] == ["user/one/train:1"]
-    with pytest.raises(SourceError, match=r"splits \['val', 'dev'\]; expected .* each once"):
+    with pytest.raises(ValueError, match=r"splits \['val', 'dev'\]; expected .* each once"):
         read_source("user/odd")
     assert asked == ["user/pets", "user/one", "user/odd"]
 
@@ -190,7 +190,7 @@ def test_other_names_are_data_sets_of_the_hub(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "written, caption",
+    "written, text",
     [
         ("a dog", "a dog"),
         ("a dog, a cat, and more", "a dog, a cat, and more"),
@@ -215,11 +215,11 @@ def test_other_names_are_data_sets_of_the_hub(monkeypatch):
 )
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("header, middle", [("ImageID,Labels,Caption", "1 3,"), ("ImageID,Caption", "")])
-def test_a_caption_of_any_form_is_one_row(tmp_path, written, caption, end, header, middle):
+def test_a_text_of_any_form_is_one_row(tmp_path, written, text, end, header, middle):
     lines = [header, f"7.jpg,{middle}before", f"8.jpg,{middle}{written}", f"9.jpg,{middle}after"]
     for tail in (end, "", end * 3):
         rows = read(tmp_path / "train.csv", end.join(lines) + tail)
-        assert [row["Caption"] for row in rows] == ["before", caption, "after"]
+        assert [row["Caption"] for row in rows] == ["before", text, "after"]
         assert [row["ImageID"] for row in rows] == ["7.jpg", "8.jpg", "9.jpg"]
         assert {row.get("Labels", "1 3") for row in rows} == {"1 3"}
 
@@ -227,8 +227,8 @@ def test_a_caption_of_any_form_is_one_row(tmp_path, written, caption, end, heade
 @pytest.mark.parametrize("written", ['"hi says a man', '"', '"""', '"hi" says "a man'])
 def test_an_unclosed_quote_swallows_no_rows(tmp_path, written):
     lines = [f"7.jpg,1,{written}", '8.jpg,1,"a dog, wet"', f"9.jpg,1,{written}", "10.jpg,1,says 'hi'"]
-    assert captions(tmp_path, lines) == [written, "a dog, wet", written, "says 'hi'"]
-    assert captions(tmp_path, lines[:3]) == [written, "a dog, wet", written]
+    assert texts(tmp_path, lines) == [written, "a dog, wet", written, "says 'hi'"]
+    assert texts(tmp_path, lines[:3]) == [written, "a dog, wet", written]
 
 
 @pytest.mark.parametrize(
@@ -251,11 +251,11 @@ def test_names_and_labels_of_competition_rows(tmp_path, line, row):
 
 @pytest.mark.parametrize("width", [2, 3])
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
-def test_random_captions_come_back_as_a_csv_writer_wrote_them(tmp_path, width, quoting):
+def test_random_texts_come_back_as_a_csv_writer_wrote_them(tmp_path, width, quoting):
     rng = random.Random(0)
     pieces = ["a", "dog", " ", ",", '"', '""', "\n", "\r", "\r\n", "é", "狗", "\u2028", "'", ", ", '",', "1 3"]
     written = ["".join(rng.choices(pieces, k=rng.randrange(12))) for _ in range(2000)]
-    rows = [[f"{i}.jpg", "1 3", caption][:: 2 if width == 2 else 1] for i, caption in enumerate(written)]
+    rows = [[f"{i}.jpg", "1 3", text][:: 2 if width == 2 else 1] for i, text in enumerate(written)]
     file = io.StringIO()
     csv.writer(file, quoting=quoting).writerows([["ImageID", "Labels", "Caption"][:: 2 if width == 2 else 1], *rows])
     found = read(tmp_path / "train.csv", file.getvalue())
@@ -276,7 +276,7 @@ def test_random_captions_come_back_as_a_csv_writer_wrote_them(tmp_path, width, q
         ("t.csv", "ImageID,Caption\n1.jpg,a dog\n, and a cat\n", "line 3: neither a row"),
         ("t.csv", 'ImageID,Labels,Caption\n0.jpg,1,a\n1.jpg,1,"a\nb\n2.jpg,1,c\n', "line 3: .*never closed: '\"a"),
         ("t.csv", 'ImageID,Labels,Caption\n1.jpg,1,"a\nb', "line 2: .*never closed"),
-        ("t.csv", 'ImageID,Caption\n1.jpg,"see\nx.jpg, and more"\n', "line 3: a row, or the end of the caption"),
+        ("t.csv", 'ImageID,Caption\n1.jpg,"see\nx.jpg, and more"\n', "line 3: a row, or the end of the text"),
         ("t.csv", "image,text\na.jpg,b\nc.jpg,d,e\n", "line 3: 3 columns, expected 2: 'c.jpg,d,e"),
         ("t.csv", "image,text\na.jpg\n", "line 2: 1 columns, expected 2"),
         ("t.csv", 'image,text\na.jpg,b\nc.jpg,"hi" says a man\n', 'line 3: .*"hi" says .*quote the field'),
@@ -301,22 +301,22 @@ def test_random_captions_come_back_as_a_csv_writer_wrote_them(tmp_path, width, q
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
     path = write(tmp_path / name, content)
-    with pytest.raises(SourceError, match=message) as error:
+    with pytest.raises(ValueError, match=message) as error:
         read_source(path)
     assert str(error.value).startswith(path)
 
 
 @pytest.mark.parametrize("source", ["rows.csv", "./rows", "/nowhere/rows"])
 def test_a_source_that_is_not_there(source):
-    with pytest.raises(SourceError, match=f"'{source}': no such file or folder"):
+    with pytest.raises(ValueError, match=f"'{source}': no such file or folder"):
         read_source(source)
 
 
 def test_folders_without_a_table(tmp_path):
-    with pytest.raises(SourceError, match="nothing to read; expected metadata.csv"):
+    with pytest.raises(ValueError, match="nothing to read; expected metadata.csv"):
         read_source(str(tmp_path))
     write(tmp_path / "train" / "metadata.csv", "image,text\na.jpg,b\n")
-    with pytest.raises(SourceError, match="expected a column file_name, got"):
+    with pytest.raises(ValueError, match="expected a column file_name, got"):
         read_source(str(tmp_path))
 
 
@@ -329,9 +329,9 @@ def test_every_row_of_the_real_competition_file():
     assert len(table) == 27_044 == len(set(table["ImageID"][:]))
     counts = Counter(label for labels in table["Labels"][:] for label in labels.split())
     assert counts["1"] == 20_592 and set(counts) == {str(i) for i in range(1, 20) if i != 12}
-    broken = [caption for caption in table["Caption"][:] if "\r" in caption or "\n" in caption]
-    assert len(broken) == 4 and sum(caption.count("\r") for caption in broken) == 17
-    assert all(caption.strip('\r\n "') for caption in table["Caption"][:])
+    broken = [text for text in table["Caption"][:] if "\r" in text or "\n" in text]
+    assert len(broken) == 4 and sum(text.count("\r") for text in broken) == 17
+    assert all(text.strip('\r\n "') for text in table["Caption"][:])
     quoted = dict(zip(table["ImageID"][:], table["Caption"][:], strict=True))["9798.jpg"]
     assert quoted == 'Two street signs reading Nice Ave" and "Sapphire St" sit on top of a stop sign."'
 
@@ -344,6 +344,6 @@ def test_every_row_of_the_real_unlabelled_file():
 
 @needs_data
 @pytest.mark.parametrize("table, rows", [("matched23/train.csv", 23), ("coco301/all.csv", 301)])
-def test_real_tables_name_pictures_that_are_there(table, rows):
+def test_real_tables_name_images_that_exist(table, rows):
     names = read_table(DATA / table)["ImageID"][:]
     assert len(names) == rows and all(((DATA / table).parent / "data" / name).is_file() for name in names)

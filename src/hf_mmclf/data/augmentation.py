@@ -1,7 +1,8 @@
-"""Random changes to training images and captions.
+"""Random changes of training images and texts.
 
-Classes rather than closures, so that workers started by spawn or forkserver can unpickle them. All draws come from
-torch's global generator, which a data loader seeds differently in every worker and reproducibly in every run.
+These are classes and not closures, so workers that are started by spawn or forkserver can unpickle them. All random
+numbers come from the global generator of torch. A data loader seeds it differently in every worker, and in the same
+way in every run.
 """
 
 import dataclasses
@@ -16,56 +17,74 @@ from torchvision.transforms.v2 import functional as F
 __all__ = ["AugmentationArguments", "ImageAugmentation", "TextAugmentation"]
 
 
-def _field(default: float, text: str) -> float:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclasses.dataclass
 class AugmentationArguments:
-    """Random changes to training rows; 0 switches each off."""
+    """
+    The strengths of random changes of training rows. 0 switches a change off.
+
+    Args:
+        crop_scale (`float`, *optional*, defaults to 0.6):
+            Smallest share of the area of an image that a random resized crop keeps.
+        flip (`float`, *optional*, defaults to 0.5):
+            Probability of mirroring an image left to right.
+        vertical_flip (`float`, *optional*, defaults to 0.0):
+            Probability of turning an image upside down.
+        rotation (`float`, *optional*, defaults to 20.0):
+            Largest rotation in either direction, in degrees.
+        color_jitter (`float`, *optional*, defaults to 0.2):
+            Largest relative change of brightness, contrast and saturation.
+        swap_words (`float`, *optional*, defaults to 0.1):
+            Probability for each word to change places with another word of the text.
+        drop_words (`float`, *optional*, defaults to 0.0):
+            Probability for each word to be left out.
+    """
 
     _argument_group_name = "augmentation of training rows"
-    crop_scale: float = _field(0.6, "Smallest share of a picture's area that a random resized crop keeps.")
-    flip: float = _field(0.5, "Probability of mirroring left and right.")
-    vertical_flip: float = _field(0.0, "Probability of turning upside down.")
-    rotation: float = _field(20.0, "Largest rotation either way, in degrees.")
-    color_jitter: float = _field(0.2, "Largest relative change of brightness, contrast and saturation.")
-    swap_words: float = _field(0.1, "Probability for each word to change places with another.")
-    drop_words: float = _field(0.0, "Probability for each word to be left out.")
+
+    crop_scale: float = 0.6
+    flip: float = 0.5
+    vertical_flip: float = 0.0
+    rotation: float = 20.0
+    color_jitter: float = 0.2
+    swap_words: float = 0.1
+    drop_words: float = 0.0
 
 
 class ImageAugmentation:
     """
-    Random resized crop, flips, rotation and colour jitter, then the processor's normalisation.
+    Random resized crop, flips, rotation and colour jitter, then the normalisation of the image processor.
 
-    The crop takes the full-size picture straight to the output size, so the other steps work on few pixels. It thereby
-    replaces the resizing of evaluation (long edge to `size`, centred on a black square), which takes its place when
-    the crop is off. With every switch at 0 the result is exactly that of the image processor.
+    The crop resizes the full-size image directly to the output size, so the other steps work on few pixels. When the
+    crop is off, the image is resized as for evaluation (long edge to `size`, centred on a black square). With all
+    changes at 0 the result is exactly that of the image processor.
 
     Args:
         size (`int`):
             Side of the square output in pixels.
-        mean, std (`Sequence[float]`):
-            Mean and standard deviation of the three channels, in units of the 0 to 1 range.
+        mean (`Sequence[float]`):
+            Mean of the three channels, for pixels from 0 to 1.
+        std (`Sequence[float]`):
+            Standard deviation of the three channels, for pixels from 0 to 1.
         resample (`PIL.Image.Resampling` or `int`, *optional*, defaults to bicubic):
-            Filter of the resizing; always antialiased.
+            Filter of the resizing, which is always antialiased.
         crop_scale (`float`, *optional*, defaults to 0.6):
-            Smallest share of the picture's area that a crop keeps, at most 1; aspect ratios 3:4 to 4:3. 0: no crop.
+            Smallest share of the area of the image that a crop keeps, at most 1. The aspect ratios of crops are
+            between 3:4 and 4:3. 0: no crop.
         flip (`float`, *optional*, defaults to 0.5):
-            Probability of mirroring left and right.
+            Probability of mirroring left to right.
         vertical_flip (`float`, *optional*, defaults to 0.0):
-            Probability of turning top and bottom. Off by default: photographs are not met upside down.
+            Probability of turning upside down. It is off because photographs are rarely upside down.
         rotation (`float`, *optional*, defaults to 20.0):
-            Largest rotation either way in degrees; uncovered corners are black. 0: none.
+            Largest rotation in either direction, in degrees. Uncovered corners are black. 0: no rotation.
         color_jitter (`float`, *optional*, defaults to 0.2):
-            Largest relative change of brightness, contrast and saturation, each drawn on its own; 0: none. The hue
-            stays: colours carry meaning, and shifting it costs more than all other steps together.
+            Largest relative change of brightness, contrast and saturation, each drawn separately. 0: no change. The
+            hue stays: colours carry meaning, and changing it costs more time than all other steps together.
 
     Attributes:
-        short_edge (`int`): Pixels of the short edge that are enough: large JPEGs may be decoded to a smaller scale.
+        short_edge (`int`): A number of pixels of the short edge that is enough. JPEGs may be decoded to such a size.
 
     Raises:
-        `ValueError`: for a probability or a share outside 0 to 1, or a negative amount.
+        `ValueError`: If a probability or a share is not between 0 and 1, or if an amount is negative.
     """
 
     def __init__(
@@ -82,42 +101,48 @@ class ImageAugmentation:
         color_jitter: float = 0.2,
     ):
         if not 0 <= crop_scale <= 1:
-            raise ValueError(f"`crop_scale` must lie between 0 and 1, got {crop_scale}")
-        self.short_edge = 2 * size  # so that also crops are made smaller, not larger
+            raise ValueError(f"`crop_scale` must be between 0 and 1, got {crop_scale}")
+        self.short_edge = 2 * size  # crops are then rarely enlarged
         steps: list[Any] = [v2.PILToTensor()]
         if crop_scale:
             steps.append(v2.RandomResizedCrop(size, scale=(crop_scale, 1.0), interpolation=resample))
         else:
-            steps += [_ResizeLongEdge(size, resample), v2.CenterCrop(size)]  # pads with black what is smaller
+            steps += [_ResizeLongEdge(size, resample), v2.CenterCrop(size)]  # adds black to the short edge
         if flip:
             steps.append(v2.RandomHorizontalFlip(flip))
         if vertical_flip:
             steps.append(v2.RandomVerticalFlip(vertical_flip))
-        steps.append(v2.ToDtype(torch.float32))  # the steps below would convert back and forth
+        steps.append(v2.ToDtype(torch.float32))  # one conversion, not one in each step below
         if rotation:
-            steps.append(v2.RandomRotation(rotation, v2.InterpolationMode.BILINEAR, fill=None))  # outside is black
+            steps.append(v2.RandomRotation(rotation, v2.InterpolationMode.BILINEAR, fill=None))  # corners are black
         if color_jitter:
             steps.append(_ColorJitter(color_jitter, color_jitter, color_jitter))
-        # Rescaling and normalising in one step, in the arithmetic of transformers: equal to the last bit.
+        # One step rescales and normalises, with the arithmetic of transformers: equal to the last bit.
         mean, std = ((255 * torch.tensor(values)).tolist() for values in (mean, std))
         self.transform = v2.Compose([*steps, v2.Normalize(mean, std, inplace=True)])
 
     @classmethod
     def from_processor(cls, processor: Any, **switches: float) -> "ImageAugmentation":
-        """Take size, mean, std and resample from an image processor; `switches` are the other arguments."""
+        """Make an augmentation with the size, mean, std and filter of an image processor, and these `switches`."""
         size, resample = processor.size["longest_edge"], processor.resample
         return cls(size, processor.image_mean, processor.image_std, resample=resample, **switches)
 
     def __call__(self, image: torch.Tensor | Image.Image) -> torch.Tensor:
-        """Turn an upright RGB picture of any size into a float32 tensor of shape (3, size, size), normalised.
+        """
+        Augment and normalise one image.
 
-        A tensor has pixels from 0 to 255, in uint8, and the shape (3, height, width).
+        Args:
+            image (`torch.Tensor` or `PIL.Image.Image`): An upright RGB image of any size. A tensor is uint8 of shape
+                `(3, height, width)`.
+
+        Returns:
+            `torch.Tensor`: float32 of shape `(3, size, size)`.
         """
         return self.transform(image)
 
 
 class _ResizeLongEdge:
-    # v2.Resize(None, max_size) rounds down, to 0 pixels for very long pictures; the image processor does not.
+    # v2.Resize(None, max_size) rounds down, to 0 pixels for very long images; the image processor does not.
     def __init__(self, size: int, resample: int):
         self.size, self.resample = size, resample
 
@@ -128,7 +153,7 @@ class _ResizeLongEdge:
 
 
 class _ColorJitter(v2.ColorJitter):
-    # The same steps and draws, in place on float pixels from 0 to 255: allocating each result takes most of the time.
+    # The same steps and random numbers, in place on float pixels from 0 to 255: allocations take most of the time.
     def transform(self, image: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
         for step in params["fn_idx"].tolist():
             if step == 0:
@@ -142,31 +167,31 @@ class _ColorJitter(v2.ColorJitter):
 
 class TextAugmentation:
     """
-    Random swaps and losses of words, after Wei and Zou 2019, "EDA: Easy Data Augmentation Techniques for Boosting
-    Performance on Text Classification Tasks": each word, with probability `drop`, is left out, and each that stays,
-    with probability `swap`, changes places with another word of the caption.
+    Randomly leave out and swap words (Wei and Zou 2019, "EDA: Easy Data Augmentation Techniques for Boosting
+    Performance on Text Classification Tasks").
 
-    Captions in which nothing is drawn, or of a single word, come back as they are; in the others any run of white
-    space becomes one space. One word always stays.
+    Each word is left out with probability `drop`. Each remaining word changes places with another word of the text
+    with probability `swap`. One word always remains. A text that does not change keeps its white space; in the others
+    each run of white space becomes one space.
 
     Args:
         swap (`float`, *optional*, defaults to 0.1):
-            Probability of a swap for each word: on average one swap in a caption of ten words. 0: none.
+            Probability of a swap for each word: on average one swap in a text of ten words.
         drop (`float`, *optional*, defaults to 0.0):
-            Probability of each word to be left out. 0: none.
+            Probability for each word to be left out.
 
     Raises:
-        `ValueError`: for a probability outside 0 to 1.
+        `ValueError`: If a probability is not between 0 and 1.
     """
 
     def __init__(self, swap: float = 0.1, drop: float = 0.0):
         for name, value in {"swap": swap, "drop": drop}.items():
             if not 0 <= value <= 1:
-                raise ValueError(f"`{name}` must lie between 0 and 1, got {value}")
+                raise ValueError(f"`{name}` must be between 0 and 1, got {value}")
         self.swap, self.drop = swap, drop
 
     def __call__(self, text: str) -> str:
-        """Return `text` with some of its words left out and some swapped."""
+        """Return the text with some words left out and some swapped."""
         words = text.split()
         if self.drop and len(words) > 1:
             kept = torch.rand(len(words)) >= self.drop

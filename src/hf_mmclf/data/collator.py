@@ -1,8 +1,7 @@
-"""From rows to batches: pictures decoded and transformed when they are asked for, captions padded to the batch."""
+"""From prepared rows to batches: images are decoded when a row is read, texts are padded to the longest of a batch."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,81 +9,65 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..model.image_processing_mmclf import read_image
-from ..model.processing_mmclf import MMClfProcessor
+from ..model.processing_mmclf import MMClfProcessor, is_missing_image
 from .augmentation import AugmentationArguments, ImageAugmentation, TextAugmentation
-
-
-def is_absent(image: Any) -> bool:
-    """Whether a cell of the column `image` holds no picture."""
-    return image is None or (isinstance(image, Mapping) and image.get("bytes") is None and not image.get("path"))
-
-
-def open_image(
-    image: str | Mapping[str, Any], folder: Path, where: str, short_edge: int | None = None
-) -> torch.Tensor:
-    """An upright RGB picture from a name relative to `folder` or from bytes; `ValueError` naming the row if bad.
-
-    See [`read_image`], which does it.
-    """
-    name, data = (image, None) if isinstance(image, str) else (image.get("path"), image.get("bytes"))
-    try:
-        return read_image(folder / name if data is None else BytesIO(data), short_edge)
-    except ValueError as error:
-        raise ValueError(
-            f"{where}: cannot read the picture {name or 'in the table'}: {error}. --bad_images skip leaves such rows "
-            "out, --bad_images missing keeps them without a picture"
-        ) from error
+from .images import open_image
 
 
 class RowTransform:
     """
-    Decodes and transforms rows when they are asked for; given to `Dataset.with_transform`.
+    Decode and transform rows when they are read; a transform for `Dataset.with_transform`.
 
     Args:
-        folder (`Path`): What picture names are relative to.
-        image ([`ImageAugmentation`] or [`EvaluationImageTransform`], *optional*): `None`: no pictures.
-        text (`Callable`, *optional*): From caption to caption; `None` leaves it.
+        folder (`Path`): The folder to which image names are relative.
+        image ([`ImageAugmentation`] or [`EvaluationImageTransform`], *optional*): The transform of an image. Without
+            one, no image is opened.
+        text (`Callable`, *optional*): The transform of a text. Without one, texts stay.
     """
 
     def __init__(self, folder: Path, image: Callable | None = None, text: Callable | None = None):
         self.folder, self.image, self.text = folder, image, text
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
-        rows = {"text": [self._text(text) for text in batch["text"]]}
-        if "labels" in batch:
-            rows["labels"] = batch["labels"]
+        rows = {name: batch[name] for name in ("text", "labels") if name in batch}
+        if self.text is not None:
+            rows["text"] = [text if text is None else self.text(text) for text in rows["text"]]
         if self.image is not None:
             rows["pixel_values"] = [
-                None if is_absent(image) else self.image(open_image(image, self.folder, where, self.image.short_edge))
-                for image, where in zip(batch["image"], batch["where"], strict=True)
+                None
+                if is_missing_image(cell)
+                else self.image(open_image(cell, self.folder, where, self.image.short_edge))
+                for cell, where in zip(batch["image"], batch["where"], strict=True)
             ]
         return rows
 
-    def _text(self, text: str | None) -> str | None:
-        return self.text(text) if self.text is not None and text is not None else text
-
 
 class EvaluationImageTransform:
-    """The saved image processor, for one picture of shape (3, H, W) in uint8: float32 of shape (3, size, size)."""
+    """
+    Apply the saved image processor to one image.
 
-    short_edge = None  # pictures at full size, as everyone who uses the model will give them
+    Args:
+        processor ([`MMClfImageProcessor`]): The image processor of the model.
+    """
+
+    short_edge = None  # images in full size, as users of the model give them
 
     def __init__(self, processor: Any):
         self.processor = processor
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """Turn a uint8 image of shape `(3, height, width)` into float32 pixel values of shape `(3, size, size)`."""
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
 
 class ReplacedColumn:
     """
-    A row transform that reads other cells in one column. Nothing is copied, and no removed image is decoded.
+    A transform of rows with other cells in one column. Nothing is copied, and a replaced image is not decoded.
 
     Args:
-        transform (`Callable`): A transform of rows, such as a [`RowTransform`].
+        transform ([`RowTransform`]): The transform of the changed rows.
         column (`str`): `image` or `text`.
-        cells (`Mapping[str, Any]`, *optional*): The new cell by the row's `where`; other rows get `None`.
+        cells (`Mapping[str, Any]`, *optional*): The new cell by the row's `where`. Other rows get `None`.
     """
 
     def __init__(self, transform: Callable, column: str, cells: Mapping[str, Any] | None = None):
@@ -99,7 +82,7 @@ class Collator:
     Make one batch of transformed rows by [`MMClfProcessor.collate`].
 
     Args:
-        processor ([`MMClfProcessor`]): The model's processor. What it has no part for is left out.
+        processor ([`MMClfProcessor`]): The processor of the model. Inputs that it has no part for are left out.
     """
 
     def __init__(self, processor: MMClfProcessor):
@@ -119,7 +102,7 @@ class Preprocessing:
     Everything between prepared rows and a model: transforms, datasets and the collator.
 
     Args:
-        processor ([`MMClfProcessor`]): The model's processor.
+        processor ([`MMClfProcessor`]): The processor of the model.
         folder (`Path`): The folder to which image names are relative.
 
     Attributes:
@@ -141,6 +124,13 @@ class Preprocessing:
         return RowTransform(self.folder, image, TextAugmentation(swap, drop) if swap or drop else None)
 
     def dataset(self, rows: Dataset, column: str | None = None, cells: Mapping[str, Any] | None = None) -> Dataset:
-        """Return rows to evaluate, transformed when they are read; `column` and `cells` are of [`ReplacedColumn`]."""
+        """
+        Return rows to evaluate, transformed when they are read.
+
+        Args:
+            rows (`Dataset`): Rows in the form of [`PreparedData`].
+            column (`str`, *optional*): A column with other cells; see [`ReplacedColumn`].
+            cells (`Mapping[str, Any]`, *optional*): The cells of that column by the row's `where`.
+        """
         transform = self.evaluation if column is None else ReplacedColumn(self.evaluation, column, cells)
         return rows.with_transform(transform)

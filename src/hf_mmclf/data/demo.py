@@ -1,10 +1,11 @@
-"""The embedded data set: the desk of a small toy shop, drawn by code from a seed; nothing is downloaded.
+"""The embedded data set: the desk of a small toy shop, drawn by code from a seed. Nothing is downloaded.
 
-A row is a photograph of the shelf (a two by two rack on a cloth; a compartment holds a toy or nothing, and no two toys
-share a colour) and the note a customer left with it. Five labels can only be seen, four can only be read, and three
-need both: the note asks for "the red one", and only the picture shows what the red one is. The shelf and the note are
-drawn independently, so neither says anything about the other. Some notes are vague and some photographs have wrapping
-paper lying over compartments; what is lost that way bounds every model, and `ceiling` says where that bound lies.
+A row has a photograph of the shelf and the note that a customer left with it. The shelf is a rack of two by two
+compartments on a cloth. A compartment holds a toy or nothing, and no two toys have the same colour. Five labels can
+only be seen, four can only be read, and three need both: the note asks for "the red one", and only the image shows
+what the red one is. The shelf and the note are drawn independently, so neither says anything about the other. Some
+notes are vague, and in some photographs wrapping paper covers compartments. What is hidden in this way limits every
+model; `ceiling` computes the limit.
 
     dataset = demo_dataset()
     dataset["train"][0]["text"], dataset["train"][0]["labels"]
@@ -22,23 +23,23 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
-# How likely a compartment holds what; None is an empty one. The block carries no label.
+# Probability of each content of a compartment; None is an empty one. The block has no label.
 KINDS = {"ball": 0.13, "boat": 0.11, "kite": 0.08, "star": 0.03, "block": 0.43, None: 0.22}
 LABELLED, WANTED = ("ball", "boat", "kite", "star"), ("ball", "boat", "kite")
 COLOURS = {"red": (214, 48, 49), "yellow": (245, 196, 30), "green": (38, 160, 90), "blue": (45, 105, 215)}
 STATED = {"gift": 0.42, "repair": 0.28, "delivery": 0.15, "complaint": 0.05}
-# How often the cloth is striped, a note asks for a colour, a note is vague, paper covers compartments, and how often a
-# note has a near miss of each kind, an opener or a closer.
+# Probability that the cloth is striped, that a note asks for a colour, that a note is vague, that paper covers
+# compartments, and that a note has a near miss of each kind, or an opener or a closer.
 STRIPED, ORDERED, VAGUE, COVERED, NEAR_MISS, CHATTER = 0.17, 0.8, 0.06, 0.12, 0.15, 0.4
 
-# Each label and the modality that carries it, in the order of the `chances` column.
+# Each label and the modality that shows it, in the order of the `chances` column.
 DEMO_LABELS = {
     **dict.fromkeys((*LABELLED, "striped"), "image"),
     **dict.fromkeys(STATED, "text"),
     **{f"wants {kind}": "both" for kind in WANTED},
 }
 
-# Outlines in units of the toy's radius, y pointing down.
+# Outlines in units of the radius of the toy; y points down.
 SHAPES = {
     "ball": [(math.sin(i * math.pi / 16), -math.cos(i * math.pi / 16)) for i in range(32)],
     "boat": [(-1, 0.3), (-0.1, 0.3), (-0.1, -1), (0.8, 0), (0.1, 0), (0.1, 0.3), (1, 0.3), (0.6, 1), (-0.6, 1)],
@@ -47,9 +48,10 @@ SHAPES = {
     "block": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
 }
 PAPER, RACK = (176, 146, 112), (96, 74, 60)
+FINE = 2  # images are drawn larger by this factor
 
-# What notes are made of. Starred words are the evidence; {braces} are filled from SLOTS,
-# {colour} from the row of the colour that is meant.
+# The parts of notes. Words with stars are the evidence. {braces} are filled from SLOTS, {colour} from the list of the
+# colour that is meant.
 SLOTS = {
     "who": ["niece", "nephew", "sister", "brother", "daughter", "son", "mother", "cousin", "neighbour", "friend"],
     "day": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
@@ -106,7 +108,7 @@ SENTENCES = {
         "The last one was a great *disappointment*.",
     ],
 }
-# Words of a label in a note that does not carry it.
+# The words of a label in a note that does not state it.
 NEAR_MISSES = {
     "gift": ["No need to wrap it.", "Not a present this time, it is just for me.", "The party last {day} was great."],
     "repair": [
@@ -143,14 +145,18 @@ VAGUE_NOTES = [
 
 @dataclass(frozen=True)
 class Compartment:
+    """A compartment of the shelf. An empty one has a colour too: the one that is missing from the shelf."""
+
     kind: str | None
-    colour: str  # an empty compartment has one too: the colour that is missing from the shelf
+    colour: str
     covered: bool = False
 
 
 @dataclass(frozen=True)
 class Note:
-    order: str | None  # the colour asked for
+    """What a customer says: the colour that is asked for, and the stated labels."""
+
+    order: str | None
     stated: tuple[str, ...]
 
 
@@ -163,31 +169,31 @@ def demo_dataset(rows: int = 3000, size: int = 64, seed: int = 0) -> DatasetDict
 
     Args:
         rows (`int`, *optional*, defaults to 3000):
-            Rows in all, at least 10. A tenth (rounded down) is `validation`, as much is `test`, the rest is `train`.
+            Number of rows, at least 10. A tenth, rounded down, is `validation`, a tenth `test`, the rest `train`.
         size (`int`, *optional*, defaults to 64):
-            Side of the square pictures in pixels, at least 64.
+            Side of the square images in pixels, at least 64.
         seed (`int`, *optional*, defaults to 0):
-            The same seed gives the same rows, byte for byte.
+            Seed of all draws. The same seed gives the same rows, byte for byte.
 
     Returns:
-        `DatasetDict`: splits `train`, `validation` and `test` with the columns
+        `DatasetDict`: The splits `train`, `validation` and `test` with the columns
 
-        - `image`: RGB picture of `size` x `size` pixels.
-        - `text`: English caption, never empty.
-        - `labels`: list of strings, a subset of `DEMO_LABELS` in its order; may be empty.
+        - `image`: an RGB image of `size` x `size` pixels.
+        - `text`: an English text, never empty.
+        - `labels`: a list of strings, a subset of `DEMO_LABELS` in its order. It may be empty.
         - `evidence`: one `{"label", "boxes", "words"}` for each entry of `labels`: the pixel boxes `[x0, y0, x1, y1]`
-          (x1 and y1 exclusive) and the indices into `text.split()` that carry it. Empty where that modality does not
-          carry the label, or where paper or a vague note hides it.
+          (x1 and y1 exclusive) and the indices into `text.split()` that show it. They are empty if that modality does
+          not show the label, or if paper or a vague note hides it.
         - `chances`: `{"image", "text", "both"}`, each a list with the probability of every label of `DEMO_LABELS`
-          given all that the modality shows.
+          given what the modality shows.
 
     Raises:
-        `ValueError`: if `rows` is below 10 or `size` below 64.
+        `ValueError`: If `rows` is below 10 or `size` is below 64.
     """
     if rows < 10:
         raise ValueError(f"rows is {rows}; at least 10 are needed to leave a row for each split.")
     if size < 64:
-        raise ValueError(f"size is {size}; toys are only recognisable in pictures of at least 64 pixels.")
+        raise ValueError(f"size is {size}; toys are only recognisable in images of at least 64 pixels.")
     rng = random.Random(f"toy shop {seed}")
     sizes = {"train": rows - rows // 10 * 2, "validation": rows // 10, "test": rows // 10}
     features = Features(
@@ -241,12 +247,12 @@ def _draw_row(rng: random.Random, size: int) -> dict:
     order = rng.choice(list(COLOURS)) if rng.random() < ORDERED else None
     note = Note(order, tuple(label for label, rate in STATED.items() if rng.random() < rate))
     read = None if rng.random() < VAGUE else note
-    picture, boxes = _draw_picture(rng, shelf, striped, size)
+    image, boxes = _draw_image(rng, shelf, striped, size)
     text, words = _write_note(rng, read)
     truth = _chances([Compartment(cell.kind, cell.colour) for cell in shelf], striped, note)
     labels = [label for label, chance in zip(DEMO_LABELS, truth, strict=True) if chance == 1]
     return {
-        "image": {"bytes": picture, "path": None},
+        "image": {"bytes": image, "path": None},
         "text": text,
         "labels": labels,
         "evidence": [_evidence(label, shelf, boxes, order, words, size) for label in labels],
@@ -259,14 +265,14 @@ def _draw_row(rng: random.Random, size: int) -> dict:
 
 
 def _chances(shelf: list[Compartment], striped: bool | None, note: Note | None) -> list[float]:
-    """Probability of each label given what is on view; a `striped` or `note` of None is one that nobody sees."""
+    """Return the probability of each label given what is on view. `None` for `striped` or `note` means not seen."""
     hidden = sum(cell.covered for cell in shelf)
     on_view = {cell.colour: cell.kind for cell in shelf if cell.kind and not cell.covered}
 
     def wanted(kind: str, colour: str) -> float:
         if colour in on_view:
             return float(on_view[colour] == kind)
-        # A colour that is not on view is as likely under the paper as missing from any empty compartment.
+        # A colour that is not on view is as likely under the paper as in any empty compartment.
         return hidden / (len(COLOURS) - len(on_view)) * KINDS[kind]
 
     chances = {label: float(label in note.stated) if note else rate for label, rate in STATED.items()}
@@ -291,38 +297,27 @@ def _evidence(label: str, shelf: list[Compartment], boxes: list, order: str | No
     return {"label": label, "boxes": shown, "words": words.get("order" if wanted else label, [])}
 
 
-def _draw_picture(rng: random.Random, shelf: list[Compartment], striped: bool, size: int) -> tuple[bytes, list]:
-    """PNG bytes, and for each compartment the box of its toy, None if none is on view."""
-    fine = 2  # drawn larger and reduced, so that edges are smooth
+def _draw_image(rng: random.Random, shelf: list[Compartment], striped: bool, size: int) -> tuple[bytes, list]:
+    """Return PNG bytes and, for each compartment, the box of its toy, or None if no toy is on view."""
     cloth = tuple(rng.randint(205, 245) for _ in range(3))
-    image = PILImage.new("RGB", (size * fine, size * fine), cloth)
+    # Drawn larger and reduced, so that edges are smooth.
+    image = PILImage.new("RGB", (size * FINE, size * FINE), cloth)
     draw = ImageDraw.Draw(image)
     if striped:
-        step = size * fine // 8
-        for x in range(rng.randrange(step), size * fine, step):
-            draw.rectangle((x, 0, x + step // 2 - 1, size * fine), fill=tuple(c - 45 for c in cloth))
+        step = size * FINE // 8
+        for x in range(rng.randrange(step), size * FINE, step):
+            draw.rectangle((x, 0, x + step // 2 - 1, size * FINE), fill=tuple(c - 45 for c in cloth))
     half, boxes = size // 2, []
     for i, cell in enumerate(shelf):
         left, top = i % 2 * half, i // 2 * half
         radius = rng.randint(size * 10 // 64, size * 13 // 64)
         x, y = (corner + rng.randint(radius + 2, half - radius - 2) for corner in (left, top))
-        boxes.append(None)
         if cell.covered:
-            edge = (left * fine, top * fine, (left + half) * fine - 1, (top + half) * fine - 1)
-            draw.rectangle(edge, fill=PAPER)
-            for _ in range(4):  # creases
-                ends = [(rng.randint(edge[0], edge[2]), rng.randint(edge[1], edge[3])) for _ in range(2)]
-                draw.line(ends, fill=tuple(c - 30 for c in PAPER), width=fine)
-        elif cell.kind:
-            outline = [(x + radius * u, y + radius * v) for u, v in SHAPES[cell.kind]]
-            colour = COLOURS[cell.colour]
-            edge = tuple(c * 2 // 3 for c in colour)
-            draw.polygon([(u * fine, v * fine) for u, v in outline], fill=colour, outline=edge, width=fine)
-            us, vs = zip(*outline, strict=True)
-            boxes[-1] = [math.floor(min(us)), math.floor(min(vs)), math.ceil(max(us)) + 1, math.ceil(max(vs)) + 1]
+            _draw_paper(rng, draw, left, top, half)
+        boxes.append(_draw_toy(draw, cell, x, y, radius) if cell.kind and not cell.covered else None)
     for line in ((half, 0, half, size), (0, half, size, half)):
-        draw.line([c * fine for c in line], fill=RACK, width=2 * fine)
-    pixels = np.asarray(image.reduce(fine), dtype=np.int16)
+        draw.line([c * FINE for c in line], fill=RACK, width=2 * FINE)
+    pixels = np.asarray(image.reduce(FINE), dtype=np.int16)
     grain = np.frombuffer(rng.randbytes(pixels.size), dtype=np.uint8).reshape(pixels.shape) // 16 - 8.0
     if any(cell.covered for cell in shelf):
         grain *= 3
@@ -331,8 +326,25 @@ def _draw_picture(rng: random.Random, shelf: list[Compartment], striped: bool, s
     return buffer.getvalue(), boxes
 
 
+def _draw_paper(rng: random.Random, draw: ImageDraw.ImageDraw, left: int, top: int, side: int) -> None:
+    edge = (left * FINE, top * FINE, (left + side) * FINE - 1, (top + side) * FINE - 1)
+    draw.rectangle(edge, fill=PAPER)
+    for _ in range(4):  # creases
+        ends = [(rng.randint(edge[0], edge[2]), rng.randint(edge[1], edge[3])) for _ in range(2)]
+        draw.line(ends, fill=tuple(c - 30 for c in PAPER), width=FINE)
+
+
+def _draw_toy(draw: ImageDraw.ImageDraw, cell: Compartment, x: int, y: int, radius: int) -> list[int]:
+    """Draw a toy and return its box."""
+    outline = np.array([x, y]) + radius * np.array(SHAPES[cell.kind])
+    colour = COLOURS[cell.colour]
+    points = [tuple(point) for point in outline * FINE]
+    draw.polygon(points, fill=colour, outline=tuple(c * 2 // 3 for c in colour), width=FINE)
+    return [*np.floor(outline.min(axis=0)).astype(int), *np.ceil(outline.max(axis=0)).astype(int) + 1]
+
+
 def _write_note(rng: random.Random, note: Note | None) -> tuple[str, dict[str, list[int]]]:
-    """The caption, and for each stated label (and "order") the indices of the words that carry it; None is vague."""
+    """Return the text and, by stated label or "order", the indices of the words that show it. None is a vague note."""
     words: list[str] = []
     evidence: dict[str, list[int]] = {}
     for label, template in _sentences(rng, note) if note else [(None, rng.choice(VAGUE_NOTES))]:
@@ -344,7 +356,7 @@ def _write_note(rng: random.Random, note: Note | None) -> tuple[str, dict[str, l
 
 
 def _sentences(rng: random.Random, note: Note) -> list[tuple[str | None, str]]:
-    """What each sentence carries (a label, "order" or nothing) and its template."""
+    """Return what each sentence states (a label, "order" or nothing) and its template."""
     body = [(label, rng.choice(SENTENCES[label])) for label in note.stated]
     missed = [label for label in NEAR_MISSES if label not in note.stated and rng.random() < NEAR_MISS]
     body += [(None, rng.choice(NEAR_MISSES[label])) for label in missed]

@@ -1,66 +1,104 @@
-"""From sources to rows in one form: columns found, labels encoded, pictures checked, splits made."""
+"""Rows in one form: columns found, labels encoded, images checked, splits made."""
 
 import dataclasses
-import difflib
-import hashlib
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Image, concatenate_datasets
-from tqdm.auto import tqdm
+from datasets import Dataset, DatasetDict, Image
 
-from .collator import is_absent, open_image
 from .demo import DEMO_LABELS, demo_dataset
-from .labels import LabelSet, find_delimiter, find_unknown, parse_labels
-from .splits import stratified_split
-from .tables import from_arrow, read_source, with_columns, with_strings
+from .images import check_paths, image_groups, image_paths, without_bad_images
+from .labels import (
+    LabelSet,
+    ParsedLabels,
+    find_delimiter,
+    parse_indicator_columns,
+    parse_label_column,
+    stratified_split,
+)
+from .tables import find_column, from_arrow, read_source, with_columns, with_where
 
 IMAGE_COLUMNS = ("image", "ImageID", "file_name", "image_path", "path", "filename")
 TEXT_COLUMNS = ("text", "Caption", "caption", "sentence")
 LABEL_COLUMNS = ("labels", "Labels", "label")
 
 
-def _field(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclasses.dataclass
 class DataArguments:
-    """Where the rows come from. See [`read_source`] for what `data` may be."""
+    """
+    Where the rows come from, and how they are read and split.
+
+    Args:
+        data (`str`, *optional*):
+            A table (.csv, .tsv, .jsonl, .parquet), a folder, or a data set on the Hub. By default, the embedded data
+            set.
+        demo_rows (`int`, *optional*, defaults to 3000):
+            Number of rows of the embedded data set.
+        validation_data (`str`, *optional*):
+            Validation rows, if they are in a place of their own.
+        test_data (`str`, *optional*):
+            Test rows, if they are in a place of their own.
+        image_dir (`str`, *optional*):
+            The folder to which image names are relative. By default, the folder of the table.
+        image_column (`str`, *optional*):
+            The column of images. By default, the first that exists of image, ImageID, file_name, image_path, path,
+            filename.
+        text_column (`str`, *optional*):
+            The column of texts. By default, the first that exists of text, Caption, caption, sentence.
+        label_column (`str`, *optional*):
+            The column of labels. By default, the first that exists of labels, Labels, label.
+        label_columns (`list[str]`, *optional*):
+            Columns of 0 and 1, one for each label, in place of a label column. A cell of -1 is an unknown label.
+        label_delimiter (`str`, *optional*):
+            The separator of labels in a cell. By default, the first of | ; , that occurs in the label column,
+            otherwise white space.
+        empty_is_unknown (`bool`, *optional*, defaults to `False`):
+            An empty label cell means that the labels are unknown. By default, it means that there is no label.
+        label_names_file (`str`, *optional*):
+            A JSON file with an object from label to name, such as {"1": "person"}. It fixes the set of labels.
+        validation_fraction (`float`, *optional*, defaults to 0.1):
+            Share of the training rows that become validation rows when no validation rows are given.
+        test_fraction (`float`, *optional*, defaults to 0.1):
+            Share of the training rows that become test rows when neither validation nor test rows are given.
+        split_seed (`int`, *optional*, defaults to 0):
+            Seed of the stratified split.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read the training rows one after another and never keep all of them. Needs --max_steps.
+        shuffle_buffer (`int`, *optional*, defaults to 1000):
+            Number of rows in the buffer that shuffles a stream.
+        validation_rows (`int`, *optional*, defaults to 0):
+            Number of rows at the beginning of a stream that become validation rows.
+        bad_images (`str`, *optional*, defaults to `"error"`):
+            What happens if an image cannot be read: error stops, skip leaves the row out, missing keeps the row
+            without its image.
+    """
 
     _argument_group_name = "data"
 
-    data: str | None = _field(
-        None, "Table (.csv, .tsv, .jsonl, .parquet), folder, or data set on the Hub. Default: the embedded data set."
-    )
-    demo_rows: int = _field(3000, "Rows of the embedded data set.")
-    validation_data: str | None = _field(None, "Validation rows, if they are in a place of their own.")
-    test_data: str | None = _field(None, "Test rows, if they are in a place of their own.")
-    image_dir: str | None = _field(None, "Folder that picture names are relative to. Default: the table's.")
-    image_column: str | None = _field(None, f"Default: the first there is of {', '.join(IMAGE_COLUMNS)}.")
-    text_column: str | None = _field(None, f"Default: the first there is of {', '.join(TEXT_COLUMNS)}.")
-    label_column: str | None = _field(None, f"Default: the first there is of {', '.join(LABEL_COLUMNS)}.")
-    label_columns: list[str] | None = _field(None, "Columns of 0 and 1, one for each label, instead of label_column.")
-    label_delimiter: str | None = _field(None, "Between labels. Default: the first seen of | ; , else white space.")
-    empty_is_unknown: bool = _field(False, "An empty label cell means that nobody knows, not that there is no label.")
-    label_names_file: str | None = _field(
-        None, 'JSON file from label to name: {"1": "person"}. It fixes the set of labels.'
-    )
-    validation_fraction: float = _field(0.1, "Share of the training rows to validate on when no split is given.")
-    test_fraction: float = _field(0.1, "Share of the rows to test on when no split is given.")
-    split_seed: int = _field(0, "Seed of the stratified split.")
-    streaming: bool = _field(False, "Read training rows as they come, never all of them; needs --max_steps.")
-    shuffle_buffer: int = _field(1000, "Rows that a stream is shuffled among.")
-    validation_rows: int = _field(0, "Rows at the beginning of a stream to validate on.")
-    bad_images: Literal["error", "skip", "missing"] = _field(
-        "error", "A picture that cannot be read: stop, leave the row out, or treat the picture as absent."
-    )
+    data: str | None = None
+    demo_rows: int = 3000
+    validation_data: str | None = None
+    test_data: str | None = None
+    image_dir: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    label_columns: list[str] | None = None
+    label_delimiter: str | None = None
+    empty_is_unknown: bool = False
+    label_names_file: str | None = None
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
+    split_seed: int = 0
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    validation_rows: int = 0
+    bad_images: Literal["error", "skip", "missing"] = "error"
 
 
 @dataclasses.dataclass
@@ -69,15 +107,15 @@ class PreparedData:
     Rows in one form, ready for transforms.
 
     Args:
-        splits (`DatasetDict`): Columns `image` (name, or bytes), `text`, `labels` (multi-hot, -1: unknown), `where`.
-        labels ([`LabelSet`], *optional*): The labels, in the order of the multi-hot columns; `None` without any.
-        folder (`Path`): What picture names are relative to.
-        split_source (`str`): How the splits came about.
-        bad_images (`list[tuple[str, str]]`): Row and reason of each picture that was skipped or taken as absent.
+        splits (`DatasetDict`): Columns `image` (name or bytes), `text`, `labels` (multi-hot, -1: unknown) and `where`.
+        labels ([`LabelSet`]): The labels, in the order of the multi-hot columns.
+        folder (`Path`): The folder to which image names are relative.
+        split_source (`str`): How the splits were made, in words.
+        bad_images (`list[tuple[str, str]]`): The row and the reason for each image that cannot be read.
     """
 
     splits: DatasetDict
-    labels: LabelSet | None
+    labels: LabelSet
     folder: Path
     split_source: str
     bad_images: list[tuple[str, str]]
@@ -92,270 +130,223 @@ def prepare_data(
     sources: dict[str, Dataset] | None = None,
 ) -> PreparedData:
     """
-    Reads, checks and splits the rows.
+    Read, check and split rows.
 
     Args:
         args ([`DataArguments`]): Where the rows come from.
-        uses_image, uses_text (`bool`, *optional*, defaults to `True`): What the model looks at; only that is checked.
-        labels ([`LabelSet`], *optional*): Labels of a trained model: nothing is split, and rows may be unlabelled.
-        with_labels (`bool`, *optional*, defaults to `True`): Whether to read labels; not for prediction.
-        sources (`dict[str, Dataset]`, *optional*): Tables by split, instead of those that `args` name.
+        uses_image (`bool`, *optional*, defaults to `True`): Whether the model has an image backbone. Without one,
+            images are not checked.
+        uses_text (`bool`, *optional*, defaults to `True`): Whether the model has a text backbone.
+        labels ([`LabelSet`], *optional*): The labels of a trained model. Nothing is split then, and rows may be
+            unlabelled.
+        with_labels (`bool`, *optional*, defaults to `True`): Whether to read labels; prediction does not need them.
+        sources (`dict[str, Dataset]`, *optional*): Tables by split, in place of those that `args` name.
+
+    Returns:
+        [`PreparedData`]: The rows of all splits in one form.
 
     Raises:
-        `ValueError`, `FileNotFoundError`: naming file, row and column.
+        `ValueError`: If a column, a label or a split is missing or wrong. The message names the row and the flag.
+        `FileNotFoundError`: If image files do not exist.
     """
-    folder = Path(args.image_dir or ".")
-    if args.data and not args.image_dir:
-        folder = _folder_of(args.data)
-    drawn = sources is None and args.data is None
-    sources = sources or _read_sources(args, folder)
+    folder = image_folder(args)
+    known = DEMO_LABELS if sources is None and args.data is None else ()
+    sources = sources or _read_sources(args)
     if labels is None and "train" not in sources:
         raise ValueError(f"no training rows; the source has only {', '.join(sources)}")
-    trained = labels
-    columns = _label_columns(sources, args) if with_labels else {}
-    delimiter = args.label_delimiter or find_delimiter(  # of all splits: one that happens to lack it is cut alike
-        value for name, found in columns.items() if len(found) == 1 for value in sources[name][found[0]][:]
-    )
-    parsed, unknown = {}, {}
-    for name, found in columns.items():
-        multiple = {"columns": found} if args.label_columns else {"column": found[0]}
-        multiple["empty_is_unknown"] = args.empty_is_unknown
-        parsed[name] = parse_labels(sources[name], **multiple, delimiter=delimiter)
-        unknown[name] = find_unknown(sources[name], **multiple)
-    if labels is None:
-        for name in ("train", "validation"):
-            if name in sources and name not in parsed:
-                raise ValueError(
-                    f"no label column in the {name} rows among {', '.join(sources[name].column_names)}; expected "
-                    f"{' or '.join(LABEL_COLUMNS)}, or name it by --label_column or --label_columns"
-                )
-        # a column of zeros only is a label too, and so is one that few drawn rows happen not to have
-        named = args.label_columns or (DEMO_LABELS if drawn else ())
-        labels = LabelSet.from_rows([*parsed["train"], named], args.label_names_file)
-
+    parsed = _parse_labels(sources, args) if with_labels else {}
+    label_set = labels or _collect_labels(sources, parsed, args, known)
     splits, bad_images = {}, []
     for name, source in sources.items():
         split = _standardize(source, args, name)
         if name in parsed:
-            encoded = labels.encode(parsed[name], split["where"], unknown[name])
-            ends = np.arange(0, encoded.size + 1, encoded.shape[1], dtype=np.int32)
-            split = with_columns(split, {"labels": pa.ListArray.from_arrays(ends, encoded.ravel())})
+            split = _with_labels(split, label_set, parsed[name])
         if uses_image:
-            _check_paths(split, folder)
+            check_paths(split, folder)
             if args.bad_images != "error":
-                split, bad = _without_bad_images(split, folder, args.bad_images)
+                split, bad = without_bad_images(split, folder, args.bad_images)
                 bad_images += bad
         _check_modalities(split, uses_image, uses_text)
         splits[name] = split
     how = "given"
-    if trained is None:
+    if labels is None:
         splits, how = _split(splits, args)
-    return PreparedData(DatasetDict(splits), labels, folder, how, bad_images)
+    return PreparedData(DatasetDict(splits), label_set, folder, how, bad_images)
+
+
+# Sources
+
+
+def image_folder(args: DataArguments) -> Path:
+    """Return the folder to which image names are relative."""
+    return Path(args.image_dir) if args.image_dir else _folder_of(args.data or ".")
 
 
 def _folder_of(source: str) -> Path:
     return Path(source) if Path(source).is_dir() else Path(source).parent
 
 
-def _read_sources(args: DataArguments, folder: Path) -> dict[str, Dataset]:
-    given = {"validation": args.validation_data, "test": args.test_data}
+def _read_sources(args: DataArguments) -> dict[str, Dataset]:
     if args.data is None:
-        for name in ("validation", "test"):
-            if given[name] is not None:
-                raise ValueError(f"--{name}_data needs --data; the embedded data set has its own {name} rows")
-        sources = {
-            name: split.cast_column("image", Image(decode=False))
-            for name, split in demo_dataset(args.demo_rows).items()
-        }
-        return {
-            name: with_columns(split, {"where": [f"demo/{name}:{row}" for row in range(1, len(split) + 1)]})
-            for name, split in sources.items()
-        }
-    sources = dict(read_source(args.data))
-    for name, place in given.items():
-        if place is None:
+        demo = demo_dataset(args.demo_rows)
+        sources = {name: with_where(split, f"demo/{name}") for name, split in demo.items()}
+    else:
+        sources = read_source(args.data)
+    return {**sources, **read_given_splits(args, sources)}
+
+
+def read_given_splits(args: DataArguments, taken: Collection[str]) -> dict[str, Dataset]:
+    """Read the rows of --validation_data and --test_data. Raises `ValueError` for a split that `taken` contains."""
+    sources = {}
+    for name, source in (("validation", args.validation_data), ("test", args.test_data)):
+        if source is None:
             continue
-        if name in sources:
-            raise ValueError(f"--{name}_data is given, but {args.data!r} has a split {name!r} already; leave one out")
-        found = read_source(place)
+        if name in taken:
+            place = repr(args.data) if args.data else "the embedded data set"
+            raise ValueError(f"--{name}_data is given, but {place} has a split {name!r} already; leave one out")
+        found = read_source(source)
         if name not in found and len(found) > 1:
-            raise ValueError(f"--{name}_data: {place!r} has the splits {', '.join(found)}; give one of them")
-        sources[name] = found[name] if name in found else next(iter(found.values()))
-        column = _find_column(sources[name], args.image_column, IMAGE_COLUMNS, "image_column")
-        if args.image_dir is None and _folder_of(place) != folder and column:
-            sources[name] = _relative_to(sources[name], column, _folder_of(place), folder)
+            raise ValueError(f"--{name}_data: {source!r} has the splits {', '.join(found)}; give one of them")
+        rows = found[name if name in found else next(iter(found))]
+        sources[name] = rows if args.image_dir else _relative_to(rows, args, _folder_of(source))
     return sources
 
 
-def _relative_to(data: Dataset, column: str, own: Path, folder: Path) -> Dataset:
-    """Picture names relative to `folder` instead of to the table's `own`."""
-    if isinstance(data.features[column], Image):
+def _relative_to(data: Dataset, args: DataArguments, own: Path) -> Dataset:
+    """Make image names that are relative to the folder `own` relative to the folder of all images."""
+    folder, column = image_folder(args), _image_column(data, args)
+    if own == folder or column is None or isinstance(data.features[column], Image):
         return data
-    names = [value and os.path.relpath(own / str(value), folder) for value in data[column][:]]
-    return with_strings(data, {column: names})
+    names = [name and os.path.relpath(own / str(name), folder) for name in data[column][:]]
+    return with_columns(data, {column: names})
+
+
+# Columns
+
+
+def _image_column(data: Dataset, args: DataArguments) -> str | None:
+    return find_column(data.column_names, args.image_column, IMAGE_COLUMNS, "image_column")
 
 
 def _label_columns(sources: dict[str, Dataset], args: DataArguments) -> dict[str, list[str]]:
-    """The label columns of each split that has any; those given by a flag must be in at least one of the splits."""
-    columns = {}
-    given, flag = args.label_columns, "label_columns"
-    if not given and args.label_column is not None:
-        given, flag = [args.label_column], "label_column"
-    everywhere = {name for source in sources.values() for name in source.column_names}
-    for name, source in sources.items():
-        if not given:
-            found = [_find_column(source, None, LABEL_COLUMNS, flag)]
-        elif everywhere.intersection(given) and not set(given) & set(source.column_names):
-            found = [None]  # unlabelled, next to a split that has them
-        else:
-            found = [_find_column(source, column, (), flag) for column in given]
-        if found[0] is not None:
-            columns[name] = found
-    return columns
+    """Find the label columns of each labelled split. Given ones must be in at least one of the splits."""
+    flag = "label_columns" if args.label_columns else "label_column"
+    given = args.label_columns or ([] if args.label_column is None else [args.label_column])
+    labelled = {name: source for name, source in sources.items() if not given or set(given) & set(source.column_names)}
+    columns = {
+        name: [find_column(source.column_names, column, LABEL_COLUMNS, flag) for column in given or [None]]
+        for name, source in (labelled or sources).items()
+    }
+    return {name: found for name, found in columns.items() if found != [None]}
 
 
-def _find_column(data: Dataset, given: str | None, defaults: Sequence[str], flag: str) -> str | None:
-    if given is None:
-        return next((name for name in defaults if name in data.column_names), None)
-    if given not in data.column_names:
-        near = difflib.get_close_matches(given, data.column_names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(data.column_names)}"
-        raise ValueError(f"--{flag}: no column {given!r}; {hint}")
-    return given
+def _parse_labels(sources: dict[str, Dataset], args: DataArguments) -> dict[str, ParsedLabels]:
+    columns = _label_columns(sources, args)
+    if args.label_columns:
+        return {
+            name: parse_indicator_columns(sources[name], found, args.empty_is_unknown)
+            for name, found in columns.items()
+        }
+    # All splits have one delimiter, also those in which it does not occur.
+    cells = (value for name, [column] in columns.items() for value in sources[name][column][:])
+    delimiter = args.label_delimiter or find_delimiter(cells)
+    return {
+        name: parse_label_column(sources[name], column, delimiter, args.empty_is_unknown)
+        for name, [column] in columns.items()
+    }
+
+
+def _collect_labels(
+    sources: dict[str, Dataset],
+    parsed: dict[str, ParsedLabels],
+    args: DataArguments,
+    known: Collection[str],
+) -> LabelSet:
+    """Collect the labels of the training rows, and those that are `known` without a row that has them."""
+    for name in ("train", "validation"):
+        if name in sources and name not in parsed:
+            raise no_label_column(name, sources[name].column_names)
+    return LabelSet.from_rows([*parsed["train"].rows, args.label_columns or known], args.label_names_file)
+
+
+def no_label_column(split: str, columns: Iterable[str]) -> ValueError:
+    """Return the error for a split that must have labels and has none."""
+    return ValueError(
+        f"no label column in the {split} rows among {', '.join(columns)}; expected {' or '.join(LABEL_COLUMNS)}, or "
+        "name it by --label_column or --label_columns"
+    )
+
+
+def _with_labels(data: Dataset, label_set: LabelSet, parsed: ParsedLabels) -> Dataset:
+    encoded = label_set.encode(parsed.rows, data["where"], parsed.unknown)
+    cells = pa.FixedSizeListArray.from_arrays(encoded.ravel(), encoded.shape[1])
+    return with_columns(data, {"labels": cells.cast(pa.list_(pa.float32()))})
 
 
 def _standardize(data: Dataset, args: DataArguments, split: str) -> Dataset:
-    """The columns `image`, `text` and `where`."""
-    image = _find_column(data, args.image_column, IMAGE_COLUMNS, "image_column")
-    text = _find_column(data, args.text_column, TEXT_COLUMNS, "text_column")
+    """Return a table with the columns `image`, `text` and `where`."""
+    image = _image_column(data, args)
+    text = find_column(data.column_names, args.text_column, TEXT_COLUMNS, "text_column")
     if image is None and text is None:
         raise ValueError(
-            f"{split}: neither a picture nor a caption column among {data.column_names}; name them by "
+            f"{split}: neither an image column nor a text column among {data.column_names}; name them by "
             "--image_column and --text_column"
         )
-    texts = _captions(data, text) if text else pa.nulls(len(data), pa.string())
+    texts = _strings(data, text) if text else pa.nulls(len(data), pa.string())
     if image is not None and isinstance(data.features[image], Image):  # the bytes stay where they are
         table = data.select_columns([image, "where"]).cast_column(image, Image(decode=False))
         return with_columns(table.rename_column(image, "image") if image != "image" else table, {"text": texts})
-    names = _picture_names(data, image) if image else pa.nulls(len(data), pa.string())
+    names = _strings(data, image, convert=True) if image else pa.nulls(len(data), pa.string())
     return from_arrow(pa.table({"image": names, "text": texts, "where": _arrow(data, "where")}))
 
 
 def _arrow(data: Dataset, column: str) -> pa.ChunkedArray:
-    """A column without an object of Python for each row."""
+    """Return a column without a Python object for each row."""
     return data.with_format("arrow")[column][:]
 
 
-def _is_text(cells: pa.ChunkedArray) -> bool:
-    return pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)
-
-
-def _captions(data: Dataset, column: str) -> pa.ChunkedArray:
-    """Null where there is none, or nothing but white space."""
+def _strings(data: Dataset, column: str, convert: bool = False) -> pa.ChunkedArray:
+    """Return a column of text, null where a cell is blank. Other values are converted, or are an error."""
     cells = _arrow(data, column)
-    if not _is_text(cells):
+    if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
         row = pc.index(cells.is_valid(), True).as_py()
-        if row >= 0:
-            raise ValueError(f"{data['where'][row]}: the caption is {data[column][row]!r}; expected text")
-        cells = cells.cast(pa.string())
+        if row >= 0 and not convert:
+            raise ValueError(f"{data['where'][row]}: column {column!r} is {data[column][row]!r}; expected text")
+        values = [None if value is None else str(value) for value in data[column][:]]
+        cells = pa.chunked_array([values], pa.string())
     return pc.if_else(pc.equal(pc.utf8_trim_whitespace(cells), ""), None, cells)
 
 
-def _picture_names(data: Dataset, column: str) -> pa.ChunkedArray:
-    cells = _arrow(data, column)
-    if not _is_text(cells):
-        cells = pa.chunked_array([[None if name is None else str(name) for name in data[column][:]]], pa.string())
-    return pc.if_else(pc.equal(cells, ""), None, cells)
-
-
-def picture_paths(data: Dataset) -> list[str | bool | None]:
-    """Of each row the picture's path, `True` where its bytes are in the table, `None` where there is no picture.
-
-    Looks at no bytes: they may be more than the memory holds.
-    """
-    paths = []
-    for batch in data.select_columns(["image"]).with_format("arrow").iter(1000):
-        cells = batch["image"]
-        if pa.types.is_struct(cells.type):
-            inside = pc.is_valid(pc.struct_field(cells, "bytes")).to_pylist()
-            named = pc.struct_field(cells, "path").to_pylist()
-            paths += [here or path or None for here, path in zip(inside, named, strict=True)]
-        else:
-            paths += cells.to_pylist()
-    return paths
+# Modalities
 
 
 def presence(data: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Return whether each row has an image and whether it has a text: two bool arrays of shape `(rows,)`."""
-    has_image = np.array([path is not None for path in picture_paths(data)], dtype=bool)
+    has_image = np.array([path is not None for path in image_paths(data)], dtype=bool)
     return has_image, _arrow(data, "text").is_valid().to_numpy()
 
 
 def references_of(rows: Dataset) -> np.ndarray:
-    """Return the multi-hot labels of rows, `(rows, labels)`; raises `ValueError` where the rows have none."""
+    """Return the multi-hot labels of rows, `(rows, labels)`. Raises `ValueError` if the rows have none."""
     if "labels" not in rows.column_names:
         raise ValueError("these rows have no labels; name their column by --label_column or --label_columns")
     return rows.with_format("numpy")["labels"][:]
 
 
-def _check_paths(data: Dataset, folder: Path) -> None:
-    """All missing files at once, before anything else is done."""
-    start = str(folder)
-    missing = [
-        (row, path)
-        for row, path in enumerate(picture_paths(data))
-        if isinstance(path, str) and not os.path.isfile(os.path.join(start, path))  # pathlib takes twice the time
-    ]
-    if missing:
-        shown = "; ".join(f"{data['where'][row]}: {path}" for row, path in missing[:5])
-        shown += "; ..." if len(missing) > 5 else ""
-        raise FileNotFoundError(
-            f"{len(missing):,} of {len(data):,} pictures are not in {str(folder)!r} ({shown}). Give the folder by "
-            "--image_dir; leave the cell empty where a row has no picture"
-        )
-
-
 def _check_modalities(data: Dataset, uses_image: bool, uses_text: bool) -> None:
-    needed = " or ".join(["picture"] * uses_image + ["caption"] * uses_text)
+    needed = " or ".join(["image"] * uses_image + ["text"] * uses_text)
     has_image, has_text = presence(data)
-    absent = np.flatnonzero(~(has_image & uses_image | has_text & uses_text))
-    if len(absent):
-        shown = ", ".join(data[absent[:5]]["where"])
-        raise ValueError(f"{len(absent):,} of {len(data):,} rows have no {needed}, which this model needs: {shown}")
+    empty = np.flatnonzero(~(has_image & uses_image | has_text & uses_text))
+    if len(empty):
+        shown = ", ".join(data[empty[:5]]["where"])
+        raise ValueError(f"{len(empty):,} of {len(data):,} rows have no {needed}, which this model needs: {shown}")
 
 
-def _without_bad_images(data: Dataset, folder: Path, policy: str) -> tuple[Dataset, list[tuple[str, str]]]:
-    """Opens every picture once. Known before training, bad ones can be listed, and no worker needs to count."""
-
-    def problem(row: int) -> str | None:
-        image, where = data[row]["image"], data[row]["where"]
-        try:
-            if not is_absent(image):
-                open_image(image, folder, where)
-        except ValueError as error:
-            return str(error.__cause__)
-        return None
-
-    with ThreadPoolExecutor() as pool:
-        problems = list(tqdm(pool.map(problem, range(len(data))), total=len(data), desc="Checking pictures", delay=1))
-    bad = {row: reason for row, reason in enumerate(problems) if reason is not None}
-    listed = [(data[row]["where"], reason) for row, reason in bad.items()]
-    if not bad:
-        return data, listed
-    good = [row for row in range(len(data)) if row not in bad]
-    if policy == "skip":
-        if not good:
-            raise ValueError(
-                f"no row is left: none of {len(data):,} pictures can be read ({': '.join(listed[0])}; ...)"
-            )
-        return data.select(good), listed
-    absent = {**data.select(list(bad)).to_dict(), "image": [None] * len(bad)}  # no other picture is moved or copied
-    both = concatenate_datasets([data.select(good), Dataset.from_dict(absent, features=data.features)])
-    return both.select(np.argsort([*good, *bad])), listed
+# Splits
 
 
 def _split(splits: dict[str, Dataset], args: DataArguments) -> tuple[dict[str, Dataset], str]:
-    """Given splits stay; validation rows, and test rows when nothing was given, come out of the training rows."""
+    """Take validation rows, and test rows if no split is given, from the training rows. Given splits stay."""
     fractions = {}
     if "validation" not in splits:
         fractions["validation"] = args.validation_fraction
@@ -366,27 +357,15 @@ def _split(splits: dict[str, Dataset], args: DataArguments) -> tuple[dict[str, D
     if args.validation_fraction <= 0:
         raise ValueError(f"--validation_fraction is {args.validation_fraction}; validation rows choose the threshold")
     train = splits["train"]
-    groups = _picture_groups(train)
-    parts = stratified_split(
-        pc.list_flatten(_arrow(train, "labels")).to_numpy().reshape(len(train), -1) > 0,
-        [1 - sum(fractions.values()), *fractions.values()],
-        args.split_seed,
-        groups=groups,
-    )
+    groups = image_groups(train)
+    shares = [1 - sum(fractions.values()), *fractions.values()]
+    parts = stratified_split(references_of(train) > 0, shares, args.split_seed, groups)
     for name, rows in zip(["train", *fractions], parts, strict=True):
         if fractions.get(name, 1) > 0:
             if len(rows) == 0:
-                rows = f"{len(train)} rows, {len(set(groups))} without those of one picture,"
-                raise ValueError(f"the {name} split is empty: {rows} are too few for {fractions}")
+                raise ValueError(
+                    f"the {name} split is empty: {len(train)} rows, {len(set(groups))} if rows of one image count "
+                    f"once, are too few for {fractions}; give --validation_data or larger fractions"
+                )
             splits[name] = train.select(rows)
     return splits, f"{', '.join(fractions)} by iterative stratification of the training rows, seed {args.split_seed}"
-
-
-def _picture_groups(data: Dataset) -> list[Any]:
-    """Of each row what names its picture: its path, a digest of its bytes, or the row where there is none."""
-
-    def digest(row: int) -> bytes:
-        return hashlib.blake2b(data[row]["image"]["bytes"], digest_size=16).digest()
-
-    paths = enumerate(picture_paths(data))
-    return [digest(row) if path is True else row if path is None else path for row, path in paths]

@@ -1,5 +1,6 @@
-"""A tokenizer from the Hub, a folder, a vocabulary file, or trained on the captions: with or without a download."""
+"""Tokenizers from the Hub, a folder or a vocabulary file, or trained on the texts of the training rows."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,39 +11,43 @@ def load_tokenizer(
     source: str, texts: Iterable[str] = (), vocab_size: int = 8000, config: PreTrainedConfig | None = None
 ) -> tuple[PreTrainedTokenizerBase, str]:
     r"""
-    A tokenizer and a line that says which one it is.
+    Load or train a tokenizer.
 
     Args:
         source (`str`):
-            `"train"` for word pieces (lower case) learned from `texts`; a `vocab.txt` with one word piece a line; a
-            folder written by `save_pretrained`; else a name on the Hub.
+            `"train"` for word pieces in lower case that are learned from `texts`; a `vocab.txt` with one word piece a
+            line; a folder written by `save_pretrained`; otherwise a name on the Hub.
         texts (`Iterable[str]`, *optional*):
-            Training captions.
+            The texts of the training rows.
         vocab_size (`int`, *optional*, defaults to 8000):
             Largest vocabulary of a trained tokenizer.
         config (`PreTrainedConfig`, *optional*):
-            Of the model that a folder or name belongs to. It says what kind of tokenizer that is where there is no
-            more than a `vocab.txt` and a config older than `model_type`, as with TinyBERT and BERT-tiny.
+            The configuration of the model that a folder or a name belongs to. It tells the kind of the tokenizer if
+            there is only a `vocab.txt` and a config older than `model_type`, as with TinyBERT and BERT-tiny.
+
+    Returns:
+        `tuple[PreTrainedTokenizerBase, str]`: The tokenizer, and where it comes from, in words.
 
     Raises:
-        `ValueError`: no captions to train on, or a vocabulary file without BERT's special tokens.
-        `OSError`: a name that is neither a file, a folder nor on the Hub.
+        `ValueError`: If there are no texts to train on, or if a vocabulary file is not that of a BERT.
+        `OSError`: If a name is neither a file nor a folder nor on the Hub.
     """
     path = Path(source)
     if source == "train":
         texts = list(texts)
         if not texts:
-            raise ValueError("tokenizer 'train' needs captions, but the training rows have none")
+            raise ValueError("tokenizer 'train' needs texts, but the training rows have none")
         tokenizer = _train(texts, vocab_size)
-        return tokenizer, f"word pieces trained on {len(texts):,} training captions ({len(tokenizer):,} tokens)"
+        return tokenizer, f"word pieces trained on {len(texts):,} training texts ({len(tokenizer):,} tokens)"
     if path.is_file():
-        words = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # not splitlines: pieces may be odd breaks
-        if len(set(words)) < len(words):
-            twice = next(word for i, word in enumerate(words) if word in words[:i])
-            raise ValueError(f"{source}: the word piece {twice!r} is there twice")
+        text = path.read_text(encoding="utf-8").rstrip("\n")
+        words = text.split("\n")  # not splitlines: a piece can be another line break
+        [(word, count)] = Counter(words).most_common(1)
+        if count > 1:
+            raise ValueError(f"{source}: the word piece {word!r} occurs more than once")
         missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token not in words]
         if missing:
-            raise ValueError(f"{source}: no vocabulary of word pieces: {', '.join(missing)} missing")
+            raise ValueError(f"{source}: not a vocabulary of word pieces: {', '.join(missing)} missing")
         tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
         return tokenizer, f"word pieces of {path.name} ({len(tokenizer):,} tokens)"
     try:
@@ -55,10 +60,10 @@ def load_tokenizer(
 
 
 def _train(texts: list[str], vocab_size: int) -> BertTokenizer:
-    """Word pieces of BERT's kind; the same texts give the same ones.
+    """Train word pieces as in BERT. The same texts give the same pieces.
 
-    The trainer numbers the pieces of one continuing character in the order of a hash table, another one in every run,
-    and breaks ties by number. Given to it as special tokens they have fixed numbers; here they are plain pieces again.
+    The trainer numbers the pieces "##x" of one character in the order of a hash table, which differs from run to run,
+    and breaks ties by these numbers. As special tokens they get fixed numbers; the result has them as plain pieces.
     """
     blank = BertTokenizer()
     backend = blank.backend_tokenizer

@@ -16,12 +16,13 @@ from tokenizers import Tokenizer
 from torchvision.transforms.v2.functional import to_pil_image
 from transformers import PreTrainedTokenizerBase
 
-from ..data.collator import is_absent, open_image
 from ..data.demo import DEMO_LABELS
+from ..data.images import open_image
 from ..data.prepare import DataArguments
 from ..evaluation.report import format_table, scores_of
 from ..inference.predictor import Predictor
 from ..model.image_processing_mmclf import MMClfImageProcessor
+from ..model.processing_mmclf import is_missing_image
 
 if TYPE_CHECKING:
     from .onnx_predict import OnnxClassifier
@@ -265,7 +266,7 @@ def _batches(predictor: Predictor, rows: Dataset, folder: Path | None, size: int
         batch = {}
         if config.has_image:
             batch["images"] = [
-                None if is_absent(cell) else to_pil_image(open_image(cell, Path(folder or "."), where))
+                None if is_missing_image(cell) else to_pil_image(open_image(cell, Path(folder or "."), where))
                 for cell, where in zip(part["image"], part["where"], strict=True)
             ]
         if config.has_text:

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.collator import Collator, EvaluationImageTransform, RowTransform
-from ..data.prepare import picture_paths
+from ..data.images import image_paths
 from ..evaluation.report import format_table
 from ..model.configuration_mmclf import MMClfConfig
 from ..model.modeling_mmclf import MMClfForImageTextClassification
@@ -354,7 +354,7 @@ def _digest_of_weights(model: MMClfForImageTextClassification) -> str:
 def _digest_of_rows(rows: Dataset, folder: Path) -> str:
     """Return a digest of the texts and of the images: their bytes, or the name, size and time of their files."""
     digest = hashlib.blake2b()
-    for row, (place, text) in enumerate(zip(picture_paths(rows), rows["text"][:], strict=True)):
+    for row, (place, text) in enumerate(zip(image_paths(rows), rows["text"][:], strict=True)):
         digest.update(repr((place, text)).encode())
         if place is True:
             digest.update(rows[row]["image"]["bytes"])

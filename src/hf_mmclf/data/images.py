@@ -1,0 +1,132 @@
+"""Image cells of a table: names of files, or bytes. They are found, opened, and checked before training."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, concatenate_datasets
+from tqdm.auto import tqdm
+
+from ..model.image_processing_mmclf import read_image
+from ..model.processing_mmclf import is_missing_image
+
+
+def open_image(cell: str | Mapping[str, Any], folder: Path, where: str, short_edge: int | None = None) -> torch.Tensor:
+    """
+    Open the image of a cell by [`read_image`].
+
+    Args:
+        cell (`str` or `Mapping`): A file name, or a mapping with `bytes` or `path`.
+        folder (`Path`): The folder to which file names are relative.
+        where (`str`): The name of the row, for errors.
+        short_edge (`int`, *optional*): A number of pixels of the short edge that is enough. Defaults to the full size.
+
+    Returns:
+        `torch.Tensor`: An upright RGB image, uint8 of shape `(3, height, width)`.
+
+    Raises:
+        `ValueError`: If the image cannot be read. The message names the row.
+    """
+    name, data = (cell, None) if isinstance(cell, str) else (cell.get("path"), cell.get("bytes"))
+    try:
+        return read_image(folder / name if data is None else BytesIO(data), short_edge)
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: cannot read the image {name or 'in the table'}: {error}. --bad_images skip leaves such rows "
+            "out, --bad_images missing keeps them without an image"
+        ) from error
+
+
+def image_paths(data: Dataset) -> list[str | bool | None]:
+    """
+    Find the image of each row without reading its bytes, which may need more memory than there is.
+
+    Returns:
+        `list`: The path of an image, `True` if its bytes are in the table, `None` if the image is missing.
+    """
+    paths = []
+    for batch in data.select_columns(["image"]).with_format("arrow").iter(1000):
+        cells = batch["image"]
+        if pa.types.is_struct(cells.type):
+            inside = pc.is_valid(pc.struct_field(cells, "bytes")).to_pylist()
+            named = pc.struct_field(cells, "path").to_pylist()
+            paths += [here or path or None for here, path in zip(inside, named, strict=True)]
+        else:
+            paths += cells.to_pylist()
+    return paths
+
+
+def image_groups(data: Dataset) -> list[Any]:
+    """Return a key of each row's image: its path, a digest of its bytes, or the row number if it is missing."""
+
+    def digest(row: int) -> bytes:
+        return hashlib.blake2b(data[row]["image"]["bytes"], digest_size=16).digest()
+
+    paths = enumerate(image_paths(data))
+    return [digest(row) if path is True else row if path is None else path for row, path in paths]
+
+
+def check_paths(data: Dataset, folder: Path) -> None:
+    """Raise one `FileNotFoundError` about all image files that do not exist."""
+    start = str(folder)
+    missing = [
+        (row, path)
+        for row, path in enumerate(image_paths(data))
+        if isinstance(path, str) and not os.path.isfile(os.path.join(start, path))  # pathlib takes twice the time
+    ]
+    if missing:
+        shown = "; ".join(f"{data['where'][row]}: {path}" for row, path in missing[:5])
+        shown += "; ..." if len(missing) > 5 else ""
+        raise FileNotFoundError(
+            f"{len(missing):,} of {len(data):,} images are not in {start!r} ({shown}). Give the folder by "
+            "--image_dir; leave the cell empty if a row has no image"
+        )
+
+
+def without_bad_images(data: Dataset, folder: Path, policy: str) -> tuple[Dataset, list[tuple[str, str]]]:
+    """
+    Open every image once, before training, so that bad ones can be listed and workers meet none.
+
+    Args:
+        data (`Dataset`): Columns `image` and `where`.
+        folder (`Path`): The folder to which image names are relative.
+        policy (`str`): `"skip"` leaves rows with a bad image out, `"missing"` keeps them without the image.
+
+    Returns:
+        `tuple[Dataset, list[tuple[str, str]]]`: The rows, and the row and the reason for each bad image.
+
+    Raises:
+        `ValueError`: If no row is left.
+    """
+
+    def problem(number: int) -> str | None:
+        row = data[number]
+        try:
+            if not is_missing_image(row["image"]):
+                open_image(row["image"], folder, row["where"])
+        except ValueError as error:
+            return str(error.__cause__)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        problems = list(tqdm(pool.map(problem, range(len(data))), total=len(data), desc="Checking images", delay=1))
+    bad = [row for row, reason in enumerate(problems) if reason is not None]
+    good = [row for row, reason in enumerate(problems) if reason is None]
+    listed = [(data[row]["where"], problems[row]) for row in bad]
+    if not bad:
+        return data, []
+    if policy == "skip":
+        if not good:
+            raise ValueError(f"no row is left: none of {len(data):,} images can be read ({': '.join(listed[0])}; ...)")
+        return data.select(good), listed
+    without = {**data.select(bad).to_dict(), "image": [None] * len(bad)}  # the other images are not copied
+    both = concatenate_datasets([data.select(good), Dataset.from_dict(without, features=data.features)])
+    return both.select(np.argsort([*good, *bad])), listed
