@@ -26,7 +26,7 @@ _LAZY = {
     "MMClfTrainer": "training.trainer",
     "MMClfTrainingArguments": "training.arguments",
     "MultiLabelLoss": "training.losses",
-    "MultiLabelMetric": "evaluation.metrics",
+    "MultiLabelMetric": "evaluation.evaluate_metric",
     "best_threshold": "evaluation.thresholds",
     "build_trainer": "training.train",
     "compare": "inference.comparison",

@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from ..data.collator import is_absent, open_image
 from ..data.demo import DEMO_LABELS
 from ..data.prepare import DataArguments, presence, references_of
-from ..evaluation.metrics import MultiLabelMetric
+from ..evaluation.metrics import multi_label_metrics
 from ..evaluation.report import format_table, scores_of
 from ..inference.predictor import Predictor
 
@@ -307,4 +307,4 @@ def _f1(finished: Predictor, classifier: "OnnxClassifier", rows: Dataset, folder
     """Micro-F1 at the model's thresholds."""
     scores = np.concatenate([classifier(**batch) for batch in _batches(finished, rows, folder, 64)])
     thresholds = finished.model.config.thresholds_for(*presence(rows))
-    return MultiLabelMetric().compute(predictions=scores, references=references_of(rows), threshold=thresholds)["f1"]
+    return multi_label_metrics(scores, references_of(rows), thresholds)["f1"]
