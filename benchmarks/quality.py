@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from modalities import possible_f1
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
@@ -39,7 +40,6 @@ from hf_mmclf import (
     parse_arguments,
     train,
 )
-from hf_mmclf.data.demo import ceiling
 from hf_mmclf.data.prepare import prepare_data
 from hf_mmclf.evaluation.report import format_table
 
@@ -176,8 +176,8 @@ def fusion_lines(runs: dict[str, list[dict]]) -> list[dict]:
     for name, results in runs.items():
         read = next((modality for modality, preset in ALONE.items() if preset == name), "both")
         reached = values(name, lambda run: run["test"])
-        line = {"model": name, "micro-F1": spread(reached), "possible": ceiling(test, read)}
-        gap = (statistics.mean(reached) - best) / (ceiling(test) - best)
+        line = {"model": name, "micro-F1": spread(reached), "possible": possible_f1(test, read)}
+        gap = (statistics.mean(reached) - best) / (possible_f1(test, "both") - best)
         line["of the gap"] = f"{gap:.0%}" if read == "both" else None
         need_both = [
             f1_score(run["test"][1], run["test"][0] >= run["config"].threshold, average=None)[-3:].mean()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the names of _LAZY, for editors and type checkers
     from .data.augmentation import AugmentationArguments as AugmentationArguments
     from .data.demo import demo_dataset as demo_dataset
     from .data.prepare import DataArguments as DataArguments
-    from .evaluation.metrics import MultiLabelMetric as MultiLabelMetric
+    from .evaluation.evaluate_metric import MultiLabelMetric as MultiLabelMetric
     from .evaluation.thresholds import best_threshold as best_threshold
     from .evaluation.thresholds import label_thresholds as label_thresholds
     from .export.onnx import export_onnx as export_onnx
@@ -50,7 +50,7 @@ _LAZY = {
     "MMClfTrainingArguments": "training.arguments",
     "ModelArguments": "training.arguments",
     "MultiLabelLoss": "training.losses",
-    "MultiLabelMetric": "evaluation.metrics",
+    "MultiLabelMetric": "evaluation.evaluate_metric",
     "Predictor": "inference.predictor",
     "best_threshold": "evaluation.thresholds",
     "build_trainer": "training.train",

@@ -6,7 +6,7 @@ import pytest
 from datasets import Image
 from PIL import Image as PILImage
 
-from hf_mmclf.data.demo import COLOURS, DEMO_LABELS, KINDS, SLOTS, Compartment, Note, _chances, ceiling, demo_dataset
+from hf_mmclf.data.demo import COLOURS, DEMO_LABELS, KINDS, SLOTS, Compartment, Note, _chances, demo_dataset
 
 ROWS = 1500
 
@@ -169,25 +169,6 @@ def test_wanted_toy_has_the_colour_that_is_named(rows):
                 assert entry["boxes"][0] in holds(row, entry["label"].removeprefix("wants "))["boxes"]
                 checked += 1
     assert checked > 150
-
-
-def test_ceilings_are_in_order_with_clear_gaps(splits):
-    for split in splits.values():
-        image, text, both = (ceiling(split, modalities) for modalities in ("image", "text", "both"))
-        assert 0.5 < text < 0.7 and 0.6 < image < 0.8 and 0.93 < both < 1
-    with pytest.raises(ValueError, match="'audio'"):
-        ceiling(splits["test"], "audio")
-
-
-def test_ceiling_is_the_best_global_threshold(splits):
-    """Against the plain search with the metric of scikit-learn."""
-    f1_score = pytest.importorskip("sklearn.metrics").f1_score
-    test = splits["test"]
-    y = np.array([[label in labels for label in DEMO_LABELS] for labels in test["labels"]])
-    for modalities in ("image", "text", "both"):
-        chances = np.array([row[modalities] for row in test["chances"]])
-        best = max(f1_score(y, chances >= t, average="micro") for t in np.unique(chances))
-        assert ceiling(test, modalities) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("modalities", ["image", "text", "both"])

@@ -4,22 +4,17 @@ from itertools import product
 import numpy as np
 import pytest
 from scipy.special import expit
-from sklearn.metrics import f1_score, fbeta_score, precision_score, recall_score
+from sklearn.metrics import f1_score, precision_score, recall_score
+from support.metric_oracle import averages, draw, precision_recall_f
 
+from hf_mmclf.data.demo import DEMO_LABELS, demo_dataset
 from hf_mmclf.evaluation.thresholds import best_threshold, label_thresholds
 
-
-def draw(rows=200, labels=5, seed=0, digits=None, prevalence=0.3):
-    """Scores that know something about the references; `digits` makes ties."""
-    rng = np.random.default_rng(seed)
-    references = rng.random((rows, labels)) < prevalence
-    scores = 1 / (1 + np.exp(-rng.normal(2.0 * references - 1.5, 1.5)))
-    return (scores if digits is None else scores.round(digits)), references.astype(int)
+KEYS = {"micro": "f1", "macro": "f1_macro", "samples": "f1_samples"}
 
 
 def micro_f1(scores, references, threshold):
-    predicted = scores >= threshold
-    return 2 * (predicted & (references == 1)).sum() / max(predicted.sum() + references.sum(), 1)
+    return precision_recall_f(scores >= threshold, references)[2]
 
 
 @pytest.mark.parametrize("digits", [1, 2, None])
@@ -30,10 +25,24 @@ def test_best_threshold_is_that_of_a_search_over_every_cut(seed, digits):
     found = [micro_f1(scores, references, cut) for cut in distinct]
     threshold = best_threshold(scores, references)
     assert micro_f1(scores, references, threshold) == max(found)
-    upper = distinct[np.flatnonzero(found == max(found))[-1]]  # of equally good cuts the highest
+    upper = distinct[np.flatnonzero(np.equal(found, max(found)))[-1]]  # the highest of equally good cuts
     lower = scores[scores < upper].max(initial=0.0)
     assert threshold == pytest.approx((upper + lower) / 2)
     assert threshold not in scores
+
+
+@pytest.mark.parametrize("objective", [*KEYS, "precision"])
+def test_the_highest_of_equally_good_cuts_is_taken(objective):
+    """F1 is 2/3 at 0.9 and at 0.3; recall is 1 at 0.9 and at 0.7, both with a precision of at least one half."""
+    scores, references = [[0.9], [0.7], [0.6], [0.3]], [[1], [0], [0], [1]]
+    assert micro_f1(np.array(scores), references, 0.9) == micro_f1(np.array(scores), references, 0.3) == 2 / 3
+    if objective == "precision":
+        scores, references = [[0.9], [0.7]], [[1], [0]]
+    elif objective == "samples":  # one row with four labels
+        scores, references = np.transpose(scores), np.transpose(references)
+    assert best_threshold(scores, references, objective, precision=0.5) == pytest.approx(0.8)
+    if objective != "samples":
+        assert label_thresholds(scores, references, 0, objective, precision=0.5) == pytest.approx([0.8])
 
 
 def test_best_threshold_on_every_small_table():
@@ -117,28 +126,28 @@ def test_shrinking_helps_where_labels_are_rare():
     assert shrunk > common + 0.008
 
 
-AVERAGES = {"micro": {"zero_division": 0}, "macro": {"zero_division": 0}, "samples": {"zero_division": 1}}
-
-
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("objective", AVERAGES)
-def test_every_objective_is_maximised_as_scikit_learn_counts_it(objective, beta):
-    options = {"beta": beta, "average": objective, **AVERAGES[objective]}
+@pytest.mark.parametrize("objective", KEYS)
+def test_every_objective_is_maximised(objective, beta):
     for seed, digits in product(range(4), (1, None)):
         scores, references = draw(rows=30, labels=3, seed=seed, digits=digits)
-        found = [fbeta_score(references, scores >= cut, **options) for cut in np.unique(scores[scores > 0])]
-        threshold = best_threshold(scores, references, objective, beta)
-        assert fbeta_score(references, scores >= threshold, **options) == pytest.approx(max(found))
+        references[:3, 1] = -1
+
+        def value(threshold, table=scores, labels=references):
+            return averages(table >= threshold, labels, beta)[KEYS[objective]]
+
+        found = [value(cut) for cut in np.unique(scores[scores > 0])]
+        assert value(best_threshold(scores, references, objective, beta)) == pytest.approx(max(found))
 
 
 @pytest.mark.parametrize("objective", ["micro", "samples"])
-def test_label_thresholds_are_better_together_than_one_for_all(objective):
+def test_joint_label_thresholds_are_better_than_the_global_one(objective):
     scores, references = draw(rows=300, labels=4, prevalence=[0.6, 0.3, 0.1, 0.03])
     scores = expit(np.log(scores / (1 - scores)) + [0, 1, 2, 3])  # each label's scores lie elsewhere
     own = label_thresholds(scores, references, 0, objective)
 
     def value(thresholds):
-        return f1_score(references, scores >= thresholds, average=objective, **AVERAGES[objective])
+        return averages(scores >= thresholds, references)[KEYS[objective]]
 
     assert value(own) > value(best_threshold(scores, references, objective)) + 0.02
     for label, step in product(range(4), (-0.05, -0.01, 0.01, 0.05)):  # no label's threshold can be bettered alone
@@ -164,7 +173,7 @@ def test_precision_is_reached_with_the_largest_recall():
         assert all(precision_score(references[:, i], scores[:, i] >= each[i]) >= 0.8 for i in range(5))
 
 
-def test_precision_that_cannot_be_reached_is_said(caplog):
+def test_a_precision_out_of_reach_gives_a_warning(caplog):
     scores = np.array([[0.9], [0.8], [0.7], [0.1]])
     with caplog.at_level(logging.WARNING, logger="hf_mmclf"):
         threshold = best_threshold(scores, [[0], [1], [1], [0]], "precision", precision=0.9)
@@ -172,7 +181,7 @@ def test_precision_that_cannot_be_reached_is_said(caplog):
     assert "No threshold has a precision of 0.900: the most precise one has 0.667" in caplog.text
 
 
-def test_unknown_labels_choose_nothing():
+def test_scores_of_unknown_labels_change_nothing():
     scores, references = draw(rows=200, labels=3)
     unknown = np.random.default_rng(1).random(references.shape) < 0.4
     hidden = np.where(unknown, -1, references)
@@ -201,6 +210,20 @@ def test_cross_validation_shrinks_where_it_has_to():
     )
 
 
+@pytest.mark.parametrize(
+    "modality, expected", [("image", 0.7343532684283728), ("text", 0.6161616161616161), ("both", 0.9691011235955056)]
+)
+def test_the_exact_probabilities_of_the_demo_bound_its_f1(modality, expected, demo_test):
+    chances = np.array([row[modality] for row in demo_test["chances"]])
+    references = np.array([[label in labels for label in DEMO_LABELS] for labels in demo_test["labels"]])
+    assert micro_f1(chances, references, best_threshold(chances, references)) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def demo_test():
+    return demo_dataset(1500)["test"]
+
+
 def test_bad_requests_are_explained():
     good, hot = [[0.1, 0.9], [0.8, 0.2]], [[0, 1], [1, 0]]
     for search in (best_threshold, label_thresholds):
@@ -213,5 +236,5 @@ def test_bad_requests_are_explained():
         with pytest.raises(ValueError, match="apply a sigmoid"):
             search([[-3.5, 0.9], [0.8, 7.25]], hot)
     for shrinkage in (-1, np.nan):
-        with pytest.raises(ValueError, match=f"shrinkage is {shrinkage}, expected .* 0 switches the shrinking off"):
+        with pytest.raises(ValueError, match=f"shrinkage is {shrinkage}; expected .* 0 switches the shrinking off"):
             label_thresholds(good, hot, shrinkage=shrinkage)

@@ -5,11 +5,10 @@ compartments on a cloth. A compartment holds a toy or nothing, and no two toys h
 only be seen, four can only be read, and three need both: the note asks for "the red one", and only the image shows
 what the red one is. The shelf and the note are drawn independently, so neither says anything about the other. Some
 notes are vague, and in some photographs wrapping paper covers compartments. What is hidden in this way limits every
-model; `ceiling` computes the limit.
+model. The best F1 that is possible follows from the exact probabilities in the column `chances`.
 
     dataset = demo_dataset()
     dataset["train"][0]["text"], dataset["train"][0]["labels"]
-    ceiling(dataset["test"]), ceiling(dataset["test"], "image"), ceiling(dataset["test"], "text")
 """
 
 import io
@@ -211,31 +210,6 @@ def demo_dataset(rows: int = 3000, size: int = 64, seed: int = 0) -> DatasetDict
             for name, count in sizes.items()
         }
     )
-
-
-def ceiling(dataset: Dataset, modalities: str = "both") -> float:
-    """
-    The micro-F1 within reach of a reader who knows how the rows were drawn and misses nothing that is shown.
-
-    The reader holds the exact probability of each label given what the row shows, and predicts those above the one
-    threshold that serves this data set best.
-
-    Args:
-        dataset (`Dataset`): One split of `demo_dataset`, or some of its rows.
-        modalities (`str`, *optional*, defaults to `"both"`): What the reader sees: `"image"`, `"text"` or `"both"`.
-
-    Raises:
-        `ValueError`: for any other `modalities`.
-    """
-    if modalities not in ("image", "text", "both"):
-        raise ValueError(f"modalities is {modalities!r}; expected 'image', 'text' or 'both'.")
-    chances = np.array([row[modalities] for row in dataset["chances"]]).ravel()
-    truth = np.array([[label in labels for label in DEMO_LABELS] for labels in dataset["labels"]]).ravel()
-    order = np.argsort(-chances, kind="stable")
-    chances, truth = chances[order], truth[order]
-    f1 = 2 * truth.cumsum() / (np.arange(1, len(truth) + 1) + max(truth.sum(), 1))
-    # A threshold cannot fall between equal probabilities, so only the last of each run counts.
-    return float(f1[np.append(chances[1:] < chances[:-1], True)].max())
 
 
 def _draw_row(rng: random.Random, size: int) -> dict:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..model.configuration_mmclf import MMClfConfig
-from .metrics import MultiLabelMetric
+from .metrics import multi_label_metrics
 
 # Each ablation in the order of the reports, and its name there.
 ABLATIONS = {"image_only": "images only", "text_only": "texts only", "shuffled_captions": "shuffled texts"}
@@ -23,25 +23,28 @@ def ablation_figures(
     """
     Compute the F1 of ablated rows at the model's own thresholds for such rows.
 
-    A model does not use a modality whose removal changes nothing.
+    If F1 stays the same without a modality, the model does not use that modality.
 
     Args:
         scores (`Mapping[str, np.ndarray]`): Scores of shape `(rows, labels)` for some of `ABLATIONS`.
         references (`np.ndarray` of shape `(rows, labels)`): Multi-hot labels, -1 for unknown.
-        config ([`MMClfConfig`]): The thresholds.
+        config ([`MMClfConfig`]): The configuration with the thresholds.
         has_image, has_text (`bool` or `np.ndarray` of shape `(rows,)`, *optional*, defaults to `True`):
             Whether the rows have an image and a text before anything is removed.
 
     Returns:
         `dict[str, dict[str, float]]`: `f1` and `f1_macro` by ablation.
+
+    Raises:
+        `ValueError`: if an input has a wrong shape or range.
     """
     result = {}
-    for name, found in scores.items():
-        present = (has_image, has_text)
+    for name, ablated in scores.items():
+        present = {"image": has_image, "text": has_text}
         if name in REMOVED:
-            present = (REMOVED[name] != "image", REMOVED[name] != "text")
-        thresholds = config.thresholds_for(*present)
-        figures = MultiLabelMetric().compute(predictions=found, references=references, threshold=thresholds)
+            present = {modality: modality != REMOVED[name] for modality in present}
+        thresholds = config.thresholds_for(present["image"], present["text"])
+        figures = multi_label_metrics(ablated, references, thresholds)
         result[name] = {average: figures[average] for average in ("f1", "f1_macro")}
     return result
 
@@ -55,7 +58,7 @@ def shuffled_texts(texts: Sequence[str | None], seed: int = 0) -> list[str | Non
         seed (`int`, *optional*, defaults to 0): Seed of the shuffle.
 
     Returns:
-        `list[str | None]`: The shuffled texts; `None` stays where it was. A single text stays too.
+        `list[str | None]`: The shuffled texts. `None` stays where it was; a single text stays too.
     """
     rows = [row for row, text in enumerate(texts) if text is not None]
     order = np.random.default_rng(seed).permutation(rows)

@@ -1,4 +1,4 @@
-"""What a model's scores are worth, and what they say: reports of splits, tables, files of predictions."""
+"""Reports of splits: the metrics of a model's scores, as dictionaries and as tables."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -11,37 +11,37 @@ from transformers import EvalPrediction
 
 from ..model.configuration_mmclf import MMClfConfig
 from .ablation import ABLATIONS
-from .bootstrap import f1_intervals
-from .metrics import MultiLabelMetric, per_label_report
-from .subgroups import by_caption_length, by_label_count
+from .bootstrap import by_label_count, by_text_length, f1_intervals
+from .metrics import multi_label_metrics, per_label_report
 from .thresholds import best_threshold
+
+# The metrics of an evaluation that can choose the best checkpoint. Higher is better, except for the loss.
+FIGURES = ("f1", "f1_at_0.5", "f1_macro", "f1_samples", "f1_weighted", "loss", "map", "precision", "precision_macro")
+FIGURES += ("recall", "recall_macro")
+# The averages of F1 in the table of a report, and their keys.
+AVERAGES = {"micro": "f1", "macro": "f1_macro", "weighted": "f1_weighted", "samples": "f1_samples"}
+MANY_EMPTY = 0.1  # share of rows without a predicted label above which there is a warning
+NAMED_LABELS = 20  # number of labels that one warning names
 
 
 def scores_of(logits: np.ndarray) -> np.ndarray:
-    """Scores in [0, 1], float32, of logits of any shape."""
+    """Convert logits of any shape to scores in [0, 1], float32."""
     return torch.sigmoid(torch.as_tensor(logits).float()).numpy()
 
 
-# Figures of an evaluation that may choose the best checkpoint: more is better, but for the loss.
-FIGURES = ("f1", "f1_at_0.5", "f1_macro", "f1_samples", "f1_weighted", "loss", "map", "precision", "precision_macro")
-FIGURES += ("recall", "recall_macro")
-
-
 class ComputeMetrics:
-    """For `Trainer`: micro-F1 and the rest at the threshold that suits these scores best, and `f1_at_0.5`.
-
-    A fixed threshold would pick the checkpoint whose scores happen to lie around it.
     """
+    Metrics for `Trainer`, at the threshold with the best micro-F1 for these scores.
 
-    def __init__(self):
-        self.metric = MultiLabelMetric()
+    A fixed threshold would choose the checkpoint whose scores happen to lie around it. The result has `threshold` and
+    `f1_at_0.5` too.
+    """
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         scores, references = scores_of(prediction.predictions), prediction.label_ids
         threshold = best_threshold(scores, references)
-        figures = self.metric.compute(predictions=scores, references=references, threshold=threshold)
-        at_half = self.metric.compute(predictions=scores, references=references)
-        return {**figures, "threshold": threshold, "f1_at_0.5": at_half["f1"]}
+        at_half = multi_label_metrics(scores, references)["f1"]
+        return multi_label_metrics(scores, references, threshold) | {"threshold": threshold, "f1_at_0.5": at_half}
 
 
 def report(
@@ -55,44 +55,45 @@ def report(
     Compute all figures of one split, at 0.5 and at the thresholds of the configuration.
 
     Args:
-        scores, references (`np.ndarray` of shape `(rows, labels)`): Probabilities, and multi-hot labels.
-        config ([`MMClfConfig`]): Labels and thresholds.
+        scores (`np.ndarray` of shape `(rows, labels)`): Probabilities.
+        references (`np.ndarray` of shape `(rows, labels)`): Multi-hot labels, -1 for unknown.
+        config ([`MMClfConfig`]): The labels and their thresholds.
         has_image (`bool` or `np.ndarray` of shape `(rows,)`, *optional*, defaults to `True`): Whether the rows have
             an image.
         texts (`Sequence[str | None]`, *optional*): The text of each row, `None` for rows without one. By default all
             rows have a text, and nothing is reported by its length.
 
     Returns:
-        `dict`: `rows`, `at_0.5` and `fitted` (figures of [`MultiLabelMetric`]), `per_label` (with `f1_at_0.5`); and,
-        all at the configuration's thresholds, `intervals` (95 %, of [`f1_intervals`]), `by_label_count`,
-        `by_caption_length` (with `texts`, for a model that reads them) and `warnings` (sentences).
+        `dict`: `rows`, `at_0.5` and `fitted` (see [`multi_label_metrics`]) and `per_label` (see [`per_label_report`],
+        with `f1_at_0.5`). At the thresholds of the configuration: `intervals` (95%, see [`f1_intervals`]),
+        `by_label_count`, `by_caption_length` (see [`by_text_length`]; with `texts`, for a model that reads them) and
+        `warnings` (sentences).
+
+    Raises:
+        `ValueError`: if an input has a wrong shape or range.
     """
-    metric, names = MultiLabelMetric(), config.label_names
+    names = config.label_names
     present = has_image, True if texts is None else np.array([text is not None for text in texts], dtype=bool)
     thresholds, predicted = config.thresholds_for(*present), config.decide(scores, *present)
-    texts = texts if config.has_text else None
-    labels = per_label_report(scores, references, thresholds, names)
-    for row, at_half in zip(labels, per_label_report(scores, references, 0.5, names), strict=True):
-        row["f1_at_0.5"] = at_half["f1"]
-    for row, threshold in zip(labels, config.thresholds, strict=True):
-        row["threshold"] = threshold
-    return {
+    fitted, half = (per_label_report(scores, references, threshold, names) for threshold in (thresholds, 0.5))
+    figures = {
         "rows": len(scores),
-        "at_0.5": metric.compute(predictions=scores, references=references),
-        "fitted": metric.compute(predictions=scores, references=references, threshold=thresholds),
+        "at_0.5": multi_label_metrics(scores, references),
+        "fitted": multi_label_metrics(scores, references, thresholds),
         "intervals": f1_intervals(predicted, references),
-        "per_label": labels,
+        "per_label": [
+            row | {"f1_at_0.5": at_half["f1"], "threshold": threshold}
+            for row, at_half, threshold in zip(fitted, half, config.thresholds, strict=True)
+        ],
         "by_label_count": by_label_count(predicted, references),
-        **({} if texts is None else {"by_caption_length": by_caption_length(predicted, references, texts)}),
-        "warnings": _warnings(predicted, references, names),
     }
-
-
-MANY_EMPTY, NAMED_LABELS = 0.1, 20  # share of rows that is worth a warning; most names in one
+    if texts is not None and config.has_text:
+        figures["by_caption_length"] = by_text_length(predicted, references, texts)
+    return figures | {"warnings": _warnings(predicted, references, names)}
 
 
 def _warnings(predicted: np.ndarray, references: np.ndarray, names: Sequence[str]) -> list[str]:
-    """What is wrong with predictions that an average may hide."""
+    """Describe faults of the predictions that an average can hide."""
     warnings, actual = [], references == 1
     labelled = actual.any(axis=1)
     empty = int((labelled & ~predicted.any(axis=1)).sum())
@@ -140,51 +141,50 @@ def format_table(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> s
     )
 
 
-def report_table(reports: dict[str, dict[str, Any]]) -> str:
-    """Plain text of the reports of some splits side by side: one line a label, then the averages."""
-    rows = []
-    for i, label in enumerate(next(iter(reports.values()))["per_label"]):
-        row = {"label": label["label"], "threshold": label["threshold"]}
-        for name, split in reports.items():
-            figures = split["per_label"][i]
-            row |= {f"{name} rows": figures["support"]}
-            row |= {f"{name} F1 at 0.5": figures["f1_at_0.5"], f"{name} F1": figures["f1"], f"{name} 95%": ""}
-        rows.append(row)
-    averages = {"micro": "f1", "macro": "f1_macro", "weighted": "f1_weighted", "samples": "f1_samples"}
-    for title, key in averages.items():
-        row = {"label": f"= {title} F1", "threshold": None}
-        for name, split in reports.items():
-            row |= {f"{name} rows": split["rows"]}
-            row |= {f"{name} F1 at 0.5": split["at_0.5"][key], f"{name} F1": split["fitted"][key]}
-            interval = split["intervals"].get(key)
-            row |= {f"{name} 95%": "" if interval is None else "{:.3f}-{:.3f}".format(*interval)}
-        rows.append(row)
+def report_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """Format the reports of some splits side by side as plain text: one line for each label, then the averages."""
+    first = next(iter(reports.values()))
+    rows = [{"label": label["label"], "threshold": label["threshold"]} for label in first["per_label"]]
+    rows += [{"label": f"= {title} F1", "threshold": None} for title in AVERAGES]
+    for name, split in reports.items():
+        lines = [(label["support"], label["f1_at_0.5"], label["f1"], None) for label in split["per_label"]]
+        lines += [
+            (split["rows"], split["at_0.5"][key], split["fitted"][key], split["intervals"].get(key))
+            for key in AVERAGES.values()
+        ]
+        for row, (count, at_half, f1, interval) in zip(rows, lines, strict=True):
+            row |= {f"{name} rows": count, f"{name} F1 at 0.5": at_half, f"{name} F1": f1}
+            row[f"{name} 95%"] = "" if interval is None else "{:.3f}-{:.3f}".format(*interval)
     return format_table(rows)
 
 
 def group_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The figures of kinds of rows in a report as rows of a table; none where it has none."""
-    titles = {"by_label_count": "labels: {}", "by_caption_length": "words of the caption: {}"}
+    """Return the figures of the subgroups in a report as rows of a table."""
+    titles = {"by_label_count": "labels: {}", "by_caption_length": "words of the text: {}"}
     return [
-        {"rows with": title.format(group["group"]), "rows": group["rows"]}
-        | {"F1, micro": group["f1"], "F1, samples": group["f1_samples"]}
+        {
+            "rows with": title.format(group["group"]),
+            "rows": group["rows"],
+            "F1, micro": group["f1"],
+            "F1, samples": group["f1_samples"],
+        }
         for key, title in titles.items()
         for group in report.get(key, ())
     ]
 
 
 def ablation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The ablations of a report, after the rows as they are, as rows of a table; none where it has none."""
-    found = {ABLATIONS[name]: figures for name, figures in report.get("ablations", {}).items()}
-    seen = {"as they are": report["fitted"], **found} if found else {}
-    return [
-        {"rows": name, "F1, micro": values["f1"], "F1, macro": values["f1_macro"]} for name, values in seen.items()
-    ]
+    """Return the ablations of a report as rows of a table, below the figures of the rows as they are."""
+    if not report.get("ablations"):
+        return []
+    figures = {"as they are": report["fitted"]}
+    figures |= {ABLATIONS[name]: ablated for name, ablated in report["ablations"].items()}
+    return [{"rows": name, "F1, micro": row["f1"], "F1, macro": row["f1_macro"]} for name, row in figures.items()]
 
 
-def report_text(reports: dict[str, dict[str, Any]]) -> str:
-    """[`report_table`], and of the last of the splits kinds of rows, ablations and warnings."""
+def report_text(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """Format reports as plain text: [`report_table`], then subgroups, ablations and warnings of the last split."""
     split, figures = list(reports.items())[-1]
     tables = [format_table(rows) for rows in (group_rows(figures), ablation_rows(figures)) if rows]
     warnings = [f"Warning: {warning}" for warning in figures["warnings"]]
-    return "\n\n".join([report_table(reports), f"Of the {split} rows:", *tables, *warnings])
+    return "\n\n".join([report_table(reports), f"{split.capitalize()} rows:", *tables, *warnings])

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
+from ..evaluation.metrics import Counts
+
 # Each file and what it shows, in the order of the card.
 PLOTS = {
     "f1_by_threshold.png": "F1 against threshold",
@@ -92,16 +94,11 @@ def threshold_figure(outcomes: Outcomes, threshold: float) -> Figure:
 def f1_by_threshold(
     scores: np.ndarray, references: np.ndarray, thresholds: Iterable[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Micro- and macro-F1 at each of the thresholds, counted as [`MultiLabelMetric`] does."""
-    known, references = np.asarray(references) >= 0, np.asarray(references) == 1
-    predicted, hits = [], []
-    for threshold in thresholds:
-        above = (scores >= threshold) & known
-        predicted.append(above.sum(0))
-        hits.append((above & references).sum(0))
-    hits, both = np.array(hits), np.array(predicted) + references.sum(0)
-    # counts: where nothing is predicted and nothing true, there are no hits either, and F1 is 0
-    return 2 * hits.sum(1) / np.maximum(both.sum(1), 1), (2 * hits / np.maximum(both, 1)).mean(1)
+    """Micro- and macro-F1 at each of the thresholds, counted as [`multi_label_metrics`] does."""
+    scores = np.asarray(scores, dtype=np.float64)
+    by_label = [Counts.of(scores >= threshold, references).sum(axis=0) for threshold in thresholds]
+    micro = [counts.sum().f_beta() for counts in by_label]
+    return np.array(micro), np.array([counts.f_beta().mean() for counts in by_label])
 
 
 def label_figure(per_label: Sequence[Mapping[str, Any]], split: str) -> Figure:

@@ -19,7 +19,7 @@ from ..data.augmentation import AugmentationArguments
 from ..data.prepare import DataArguments, PreparedData, presence, references_of
 from ..data.streaming import StreamCollator
 from ..evaluation.ablation import REMOVED, ablation_figures
-from ..evaluation.calibration import fit_temperature
+from ..evaluation.metrics import fit_temperature
 from ..evaluation.report import ComputeMetrics, report_text, scores_of
 from ..evaluation.thresholds import best_threshold, label_thresholds
 from ..inference.predictor import Predictor, atomic_folder, save_model
