@@ -10,10 +10,10 @@ from hf_mmclf.data.augmentation import ImageAugmentation, TextAugmentation
 from hf_mmclf.model.image_processing_mmclf import MMClfImageProcessor
 
 OFF = {"crop_scale": 0, "flip": 0, "vertical_flip": 0, "rotation": 0, "color_jitter": 0}
-CAPTION = "a brown dog runs after a red ball on the wet grass"
+TEXT = "a brown dog runs after a red ball on the wet grass"
 
 
-def picture(width=64, height=48):
+def photo(width=64, height=48):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -30,14 +30,14 @@ def raw(size=32, **switches):
 )
 def test_with_everything_off_it_equals_the_image_processor(width, height, settings):
     processor = MMClfImageProcessor(**settings)
-    image = picture(width, height)
+    image = photo(width, height)
     expected = processor(image, return_tensors="pt").pixel_values[0]
     assert torch.equal(ImageAugmentation.from_processor(processor, **OFF)(image), expected)
 
 
 def test_output_is_normalised_float_of_the_given_size():
     processor = MMClfImageProcessor(size=40)
-    for image in (picture(), picture(500, 3), picture(1, 1)):
+    for image in (photo(), photo(500, 3), photo(1, 1)):
         output = ImageAugmentation.from_processor(processor)(image)
         assert output.shape == (3, 40, 40) and output.dtype == torch.float32
     plain = ImageAugmentation(8, [0.5] * 3, [0.25] * 3, rotation=0, color_jitter=0)(Image.new("RGB", (9, 9), "white"))
@@ -48,14 +48,14 @@ def test_draws_differ_and_follow_the_seed():
     augment = ImageAugmentation(32, [0.5] * 3, [0.5] * 3)
     again = pickle.loads(pickle.dumps(augment))
     torch.manual_seed(1)
-    first, second = augment(picture()), augment(picture())
+    first, second = augment(photo()), augment(photo())
     torch.manual_seed(1)
-    assert torch.equal(again(picture()), first) and torch.equal(again(picture()), second)
+    assert torch.equal(again(photo()), first) and torch.equal(again(photo()), second)
     assert not torch.equal(first, second)
 
 
 def test_flips_mirror_and_nothing_else():
-    image = picture()
+    image = photo()
     plain = raw()(image)
     assert torch.equal(raw(flip=1)(image), plain.flip(-1))
     assert torch.equal(raw(vertical_flip=1)(image), plain.flip(-2))
@@ -166,7 +166,7 @@ STRENGTHS = {"crop_scale": 0.6, "flip": 0.5, "rotation": 20.0, "color_jitter": 0
 @pytest.mark.parametrize("names", [[name] for name in PLAIN] + [list(PLAIN)], ids="-".join)
 def test_each_step_and_the_whole_equal_a_slow_plain_implementation(names):
     """With the same draws. A crop is rounded to whole levels, by PIL and by torchvision in different places."""
-    smooth = np.asarray(picture(8, 6).resize((80, 60) if "crop_scale" in names else (32, 32)))
+    smooth = np.asarray(photo(8, 6).resize((80, 60) if "crop_scale" in names else (32, 32)))
     augment = raw(32, **{name: STRENGTHS[name] for name in names})
     steps = [step for step in augment.transform.transforms if type(step).__name__ not in ("PILToTensor", "ToDtype")]
     steps = steps[-1 - len(names) : -1]  # without what resizes where nothing is cropped, and without Normalize
@@ -193,9 +193,9 @@ def test_impossible_image_settings_are_refused(switch):
 def test_swapping_keeps_the_words_and_changes_their_order():
     torch.manual_seed(0)
     augment = TextAugmentation(0.3)
-    outputs = [augment(CAPTION) for _ in range(50)]
-    assert all(Counter(output.split()) == Counter(CAPTION.split()) for output in outputs)
-    assert sum(output != CAPTION for output in outputs) > 40
+    outputs = [augment(TEXT) for _ in range(50)]
+    assert all(Counter(output.split()) == Counter(TEXT.split()) for output in outputs)
+    assert sum(output != TEXT for output in outputs) > 40
     assert len(set(outputs)) > 40
 
 
@@ -228,10 +228,10 @@ def test_texts_without_a_swap_come_back_as_they_are():
 def test_text_draws_follow_the_seed_also_after_pickling():
     augment = TextAugmentation(0.5)
     torch.manual_seed(3)
-    first = [augment(CAPTION) for _ in range(3)]
+    first = [augment(TEXT) for _ in range(3)]
     torch.manual_seed(3)
     again = pickle.loads(pickle.dumps(augment))
-    assert [again(CAPTION) for _ in range(3)] == first
+    assert [again(TEXT) for _ in range(3)] == first
 
 
 @pytest.mark.parametrize("swap", [-0.1, 1.1])

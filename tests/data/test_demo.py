@@ -42,7 +42,7 @@ def holds(row, label):
 
 
 def covered(row):
-    """Whether paper hides something: the picture leaves a toy in doubt."""
+    """Whether paper hides something: the image leaves a toy in doubt."""
     return any(0 < chance < 1 for chance in row["chances"]["image"][:4])
 
 
@@ -70,7 +70,7 @@ def test_splits_and_columns(splits):
     assert [entry["label"] for entry in row["evidence"]] == row["labels"]
 
 
-def test_splits_share_no_picture(splits, rows):
+def test_splits_share_no_image(splits, rows):
     assert len({row["image"]["bytes"] for row in rows}) == ROWS
 
 
@@ -90,7 +90,7 @@ def test_labels_are_imbalanced_and_vary_in_number(rows, truth):
     assert all(row["text"].strip() for row in rows)
 
 
-def test_captions_never_name_what_is_to_be_seen(rows):
+def test_texts_never_name_what_only_the_image_shows(rows):
     words = {word.strip(".,!?").lower() for row in rows for word in row["text"].split()}
     assert words.isdisjoint({*KINDS, "striped", "stripes"})
     assert 150 <= len(words) <= 300
@@ -102,8 +102,8 @@ def test_boxes_hold_the_toy_and_nothing_spills_out(rows):
     for row in rows[:300]:
         if covered(row):
             continue
-        picture = pixels(row)
-        saturated = picture.max(axis=2) - picture.min(axis=2) > 90
+        image = pixels(row)
+        saturated = image.max(axis=2) - image.min(axis=2) > 90
         for entry in row["evidence"]:
             if entry["label"] not in KINDS:
                 continue
@@ -117,7 +117,7 @@ def test_boxes_hold_the_toy_and_nothing_spills_out(rows):
     assert checked > 100
 
 
-def test_stripes_are_in_the_picture(rows):
+def test_stripes_are_in_the_image(rows):
     """Toys keep off the upper edge, so it shows the cloth; the rack's post in the middle is left out."""
     for row in rows[:300]:
         if not covered(row):
@@ -198,7 +198,7 @@ def test_the_named_colour_alone_decides_nothing(rows, truth):
             assert abs(rate - KINDS[kind]) < 4 * np.sqrt(KINDS[kind] / len(outcomes))
 
 
-def test_the_picture_alone_leaves_wanted_labels_unlikely(rows):
+def test_the_image_alone_leaves_wanted_labels_unlikely(rows):
     chances = np.array([row["chances"]["image"] for row in rows])[:, -3:]
     assert np.mean(chances <= 0.41) > 0.98  # rarely three of a kind on one shelf
     assert chances.max() < 0.85

@@ -28,7 +28,7 @@ def vocabulary(path, words, end="\n"):
 
 def test_trained_word_pieces_know_their_texts():
     tokenizer, description = load_tokenizer("train", iter(TEXTS), 200)
-    assert description == f"word pieces trained on 72 training captions ({len(tokenizer)} tokens)"
+    assert description == f"word pieces trained on 72 training texts ({len(tokenizer)} tokens)"
     assert tokenizer.convert_tokens_to_ids(SPECIAL) == [0, 1, 2, 3, 4]
     for text in TEXTS:
         ids = tokenizer(text)["input_ids"]
@@ -117,11 +117,11 @@ def test_the_real_vocabulary_of_bert():
 
 
 def test_sources_that_give_no_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match="'train' needs captions, but the training rows have none"):
+    with pytest.raises(ValueError, match="'train' needs texts, but the training rows have none"):
         load_tokenizer("train", iter([]))
-    with pytest.raises(ValueError, match=r"no vocabulary of word pieces: \[CLS\], \[MASK\] missing"):
+    with pytest.raises(ValueError, match=r"not a vocabulary of word pieces: \[CLS\], \[MASK\] missing"):
         load_tokenizer(vocabulary(tmp_path / "some.txt", ["[PAD]", "[UNK]", "[SEP]", "a"]))
-    with pytest.raises(ValueError, match="the word piece 'a' is there twice"):
+    with pytest.raises(ValueError, match="the word piece 'a' occurs more than once"):
         load_tokenizer(vocabulary(tmp_path / "twice.txt", [*SPECIAL, "a", "b", "a"]))
     (tmp_path / "empty").mkdir()
     for source in (tmp_path / "empty", tmp_path / "none" / "vocab.txt"):
