@@ -274,34 +274,15 @@ def _rows_of(images: list[str] | None, texts: list[str] | None, folder: Path) ->
 
 def _presets(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="hf-mmclf presets", description="The systems as a table; F1, threshold and MB are the poster's."
+        prog="hf-mmclf presets",
+        description="Print the presets as a table. Parameters, MB, threshold, F1 and epochs are those of the poster.",
+        allow_abbrev=False,
     )
-    parser.parse_args(argv)
-    print(presets_table())
+    parser.add_argument("--markdown", action="store_true", help="Print Markdown, as in the README.")
+    own = parser.parse_args(argv)
+    from .presets import presets_table
 
-
-def presets_table() -> str:
-    """The presets as plain text: architecture and, for the poster's eighteen, what it reports of them."""
-    from .evaluation.report import format_table
-    from .presets import PRESETS, Poster, config_from_preset
-
-    rows = []
-    for name, preset in PRESETS.items():
-        config, poster = config_from_preset(name), preset.poster
-        both = config.has_image and config.has_text
-        unfrozen = (config.unfrozen_image_stages, config.unfrozen_text_layers)
-        row = {
-            "preset": name,
-            "image backbone": (config.image_backbone or "-").removesuffix(".tv_in1k"),
-            "text backbone": (config.text_backbone or "own").split("/")[-1] if config.has_text else "-",
-            "fusion": config.fusion + (" + norm" if config.fusion_norm else "") if both else "-",
-            "unfrozen": "all" if unfrozen == (None, None) else "{} / {}".format(*unfrozen),
-            "width": config.width if both else None,
-        }
-        for field in dataclasses.fields(Poster):
-            row[field.name.replace("_", " ")] = getattr(poster, field.name) if poster else None
-        rows.append(row)
-    return format_table(rows)
+    print(presets_table(own.markdown))
 
 
 def _cache(argv: Sequence[str]) -> None:

@@ -118,7 +118,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as stage, _explained(api, repo_id, account):
         _link_files(folder, files, Path(stage), repo_id)
         head = _ready_branch(api, repo_id, private, branch, tag)
-        # With Xet, huggingface_hub makes two commits of more than 20 files if the Hub fails six times before it accepts.
+        # with Xet, huggingface_hub splits a commit of more than 20 files if the Hub rejects it six times in a row
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=stage,
