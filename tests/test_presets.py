@@ -1,16 +1,20 @@
 import io
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from transformers import AutoModel
 
-from hf_mmclf import PRESETS, MMClfForImageTextClassification, config_from_preset
-from hf_mmclf.presets import get_preset
+from hf_mmclf import PRESETS, MMClfForImageTextClassification, cli, config_from_preset
+from hf_mmclf.presets import get_preset, presets_table
+
+ROOT = Path(__file__).parents[1]
 
 
 class Row(NamedTuple):
-    """A row of the poster's table; `trained` is None for all, else the trained parts of the backbones."""
+    """A row of the table of the poster. `trained` is None for all, else the trained parts of the backbones."""
 
     parameters: int
     megabytes: float
@@ -60,60 +64,53 @@ def trained_names(model):
 
 
 def expected_names(model, parts):
-    """Names of the parameters in the given parts of the backbones, and of all that is no backbone."""
+    """Names of the parameters in the given parts of the backbones, and of all parameters outside the backbones."""
     names = {name for name, _ in model.named_parameters()}
+    if parts is None:
+        return names
     backbones = {name for name in names if name.startswith(("image_model.", "text_model."))}
     for part in parts:
         assert any(name.startswith(f"{part}.") for name in names), f"no {part}"
     return names - backbones | {name for name in backbones if name.startswith(tuple(f"{part}." for part in parts))}
 
 
-@pytest.fixture(scope="module", params=POSTER)
-def system(request):
-    torch.manual_seed(0)
-    config = config_from_preset(request.param, num_labels=18)
-    return MMClfForImageTextClassification(config), POSTER[request.param]
+def empty_model(name):
+    """A model without memory for its parameters, to count them."""
+    with torch.device("meta"):
+        return MMClfForImageTextClassification(config_from_preset(name, num_labels=18))
 
 
 OURS, DEMO = ["querybert", "captions"], ["demo", "demo-image", "demo-text"]
+# One preset for each kind of model; the others differ in the depth of their backbones only.
+KINDS = ["resnet34", "bert-tiny", "densitybert", "cdbert-text", "warmerdbert", "wwdbert", "censity-image", "rest"]
 
 
-def test_table_is_the_posters_and_ours():
+def test_presets_are_those_of_the_poster_and_ours():
     assert [name for name, preset in PRESETS.items() if preset.poster] == list(POSTER)
     assert [name for name, preset in PRESETS.items() if not preset.poster] == [*OURS, *DEMO]
 
 
-def test_size(system, tmp_path):
-    model, row = system
+@pytest.mark.parametrize("name", POSTER)
+def test_architecture(name):
+    model, row = empty_model(name), POSTER[name]
+    reported = PRESETS[name].poster
+    assert (reported.parameters, reported.megabytes, reported.threshold) == row[:3]
     assert sum(parameter.numel() for parameter in model.parameters()) == row.parameters
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    assert file.tell() / 2**20 == pytest.approx(row.megabytes, rel=0.005)
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").stat().st_size <= file.tell()
-
-
-def test_choices(system):
-    model, row = system
     assert model.config.thresholds == 18 * [row.threshold]
-    if row.width:
-        assert model.classifier.in_features == 2 * row.width
-    everything = {name for name, _ in model.named_parameters()}
-    assert trained_names(model) == (everything if row.trained is None else expected_names(model, row.trained))
+    assert row.width is None or model.classifier.in_features == 2 * row.width
+    assert trained_names(model) == expected_names(model, row.trained)
+    file = io.BytesIO()
+    torch.save(model.to_empty(device="cpu").state_dict(), file)
+    assert file.tell() / 2**20 == pytest.approx(row.megabytes, rel=0.005)
 
 
-def test_gradients_reach_what_is_trained_and_nothing_else(system):
-    model, _ = system
-    model.train()
-    model.zero_grad()
+@pytest.mark.parametrize("name", KINDS)
+def test_trains_and_reloads(name, tmp_path):
+    model = MMClfForImageTextClassification(config_from_preset(name, num_labels=18)).train()
     output = model(**inputs(model.config), labels=torch.randint(0, 2, (2, 18)))
     assert output.logits.shape == (2, 18)
     output.loss.backward()
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained_names(model)
-
-
-def test_reload(system, tmp_path):
-    model, _ = system
     model.eval().save_pretrained(tmp_path)
     copied = AutoModel.from_pretrained(tmp_path)
     assert type(copied) is MMClfForImageTextClassification
@@ -125,16 +122,17 @@ def test_reload(system, tmp_path):
 
 def test_unfrozen_stages_of_resnet():
     config = config_from_preset("rest", unfrozen_image_stages=1, unfrozen_text_layers=1)
-    model = MMClfForImageTextClassification(config)
+    with torch.device("meta"):
+        model = MMClfForImageTextClassification(config)
     assert trained_names(model) == expected_names(model, ["image_model.layer4", "text_model.encoder.layer.1"])
 
 
 @pytest.mark.parametrize(("name", "megabytes"), [("querybert", 100), ("captions", 16.8)])
-def test_ours_fit_their_size_and_train_whole(name, megabytes):
+def test_our_presets_have_their_size_and_are_trained_whole(name, megabytes):
     model = MMClfForImageTextClassification(config_from_preset(name, num_labels=18))
     assert sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**20 < megabytes
     model(**inputs(model.config), labels=torch.ones(2, 18)).loss.backward()
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = trained_names(model)
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
     assert {name for name, _ in model.named_parameters()} - trained <= {
         "image_model.head.norm.weight",
@@ -143,7 +141,7 @@ def test_ours_fit_their_size_and_train_whole(name, megabytes):
 
 
 @pytest.mark.parametrize("name", DEMO)
-def test_demo(name):
+def test_demo_presets_are_small_and_trained_whole(name):
     config = config_from_preset(name, num_labels=4)
     model = MMClfForImageTextClassification(config)
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
@@ -178,7 +176,7 @@ def test_overrides_win():
     assert config_from_preset("demo", num_labels=5).num_labels == 5
 
 
-def test_changing_a_config_leaves_the_table_alone():
+def test_changing_a_config_does_not_change_the_presets():
     before = {name: config_from_preset(name).to_dict() for name in PRESETS}
     for name in PRESETS:
         config = config_from_preset(name)
@@ -188,3 +186,25 @@ def test_changing_a_config_leaves_the_table_alone():
         if config.image_backbone_args:
             config.image_backbone_args["growth_rate"] = 1
     assert {name: config_from_preset(name).to_dict() for name in PRESETS} == before
+
+
+@pytest.mark.parametrize("file", ["README.md", "model_cards/systems.md"])
+def test_table_of_the_presets_is_in_the_documentation(file, capsys):
+    cli.main(["presets", "--markdown"])
+    table = capsys.readouterr().out
+    assert table.count("\n") == len(PRESETS) + 2
+    assert f"\n\n{table}\n" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_table_of_the_presets_shows_architecture_and_figures():
+    header, *lines = presets_table().splitlines()
+    assert header.split()[:5] == ["preset", "image", "backbone", "text", "backbone"]
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    cells = dict(zip(PRESETS, (re.split(r"\s{2,}", line.strip()) for line in lines), strict=True))
+    figures = ["25355730", "97.72", "0.38", "0.8505", "0.8310", "50"]
+    assert cells["warmdbert"][1:] == [
+        *("densenet121", "TinyBERT_General_4L_312D", "self + norm", "1 / 1", "512"),
+        *figures,
+    ]
+    assert cells["resnet18"][2:6] == ["-", "-", "all", "-"]
+    assert cells["demo"] == ["demo", "densenet121", "own", "label_queries", "all", "128", *6 * "-"]

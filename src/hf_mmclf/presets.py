@@ -1,7 +1,8 @@
-"""The systems as rows of data: the eighteen of the poster, and our own.
+"""The presets as rows of data: the eighteen systems of the poster, and our own.
 
-Source of the eighteen: the poster "Image-Text Multi-label Classification" (COMP5329, assignment 2, 2023). Their
-architectures are the poster's; the recipes are ours, since the poster's (AdamW at 1e-5 for every part) under-trains.
+The poster is "Image-Text Multi-label Classification" (COMP5329, assignment 2, 2023). The architectures of the eighteen
+systems are those of the poster. The recipes are ours, because that of the poster (AdamW at 1e-5 for every part)
+under-trains.
 """
 
 import dataclasses
@@ -10,12 +11,22 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from .evaluation.report import format_table
 from .model.configuration_mmclf import MMClfConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Poster:
-    """What the poster reports of a system; F1 is micro-averaged, size is in MB of 2^20 bytes."""
+    """
+    The figures of the poster for a system, with 18 labels.
+
+    Args:
+        parameters (`int`): Number of parameters.
+        megabytes (`float`): Size of the saved model in MB of 2^20 bytes.
+        threshold (`float`): Threshold of all labels.
+        f1_train, f1_validation (`float`): Micro-F1 on 27,000 training rows and 3,000 validation rows.
+        epochs (`int`): Epochs of the training.
+    """
 
     parameters: int
     megabytes: float
@@ -27,12 +38,13 @@ class Poster:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """One system.
+    """
+    One preset.
 
     Args:
         config (`Mapping`): Fields of [`MMClfConfig`].
-        recipe (`Mapping`): Training arguments that fit it; flags win over them.
-        poster ([`Poster`], *optional*): What the poster reports; `None` for our own.
+        recipe (`Mapping`): Training arguments that suit the architecture. Flags win over them.
+        poster ([`Poster`], *optional*): The figures of the poster. `None` for our own presets.
     """
 
     config: Mapping[str, Any]
@@ -55,17 +67,17 @@ def _bert(hidden: int, layers: int, heads: int, intermediate: int, **more: Any) 
 
 TINYBERT = dict(text_backbone="huawei-noah/TinyBERT_General_4L_312D", text_config=_bert(312, 4, 12, 1200))
 BERT_TINY = dict(text_backbone="prajjwal1/bert-tiny", text_config=_bert(128, 2, 2, 512))
-# .tv_in1k: torchvision's weights, those of the poster's time; timm's untagged defaults are others
+# .tv_in1k are the weights of torchvision, as in the time of the poster; the untagged defaults of timm differ
 DENSITY = dict(image_backbone="densenet121.tv_in1k", **TINYBERT)
 CENSITY = dict(image_backbone="densenet169.tv_in1k", **BERT_TINY)
 FROZEN = dict(unfrozen_image_stages=0, unfrozen_text_layers=0)
 WARM = dict(fusion="self", fusion_norm=True, unfrozen_image_stages=1, unfrozen_text_layers=1)
 WARMER = dict(fusion="self", fusion_norm=True, unfrozen_image_stages=2, unfrozen_text_layers=2)
 
-# Ours: each label asks the picture's cells, at all resolutions, the caption's words and what these find there.
+# One query for each label attends to image cells of all resolutions, to text tokens, and to text-over-image attention.
 _QUERIES = dict(fusion="label_queries", fusion_heads=8, image_tokens="stages")
 
-# What all recipes share: small steps for pretrained parts, larger ones for what starts from nothing.
+# The recipe for pretrained backbones: a low learning rate for them, a higher one for the new layers.
 _FINE_TUNE = dict(
     learning_rate=1e-3,
     backbone_learning_rate=1e-4,
@@ -77,7 +89,7 @@ _FINE_TUNE = dict(
     num_train_epochs=15,
     early_stopping_patience=4,
 )
-# Random text weights need steps that would ruin pretrained ones, and soon learn the captions by heart.
+# A text model from random weights needs a learning rate too high for pretrained ones, and it overfits early.
 _CAPTIONS = _FINE_TUNE | dict(
     learning_rate=1e-3,
     backbone_learning_rate=1e-3,
@@ -94,7 +106,7 @@ _DEMO = _FINE_TUNE | dict(
     learning_rate=2e-3,
     backbone_learning_rate=2e-3,
     num_train_epochs=15,
-    early_stopping_patience=8,  # which word means what in the picture is learned late and at once
+    early_stopping_patience=8,  # the link between words and image cells is learned late and suddenly
     from_scratch=True,
     tokenizer="train",
     vocab_size=1000,
@@ -105,7 +117,7 @@ _DEMO = _FINE_TUNE | dict(
     crop_scale=0.8,
 )
 
-# A DenseNet of 0.16 M parameters with a 4 x 4 last map at 64 px, and a BERT of 0.25 M.
+# A DenseNet of 0.16 M parameters with a 4 x 4 last feature map at 64 px, and a BERT of 0.25 M parameters.
 _DEMO_IMAGE = dict(
     image_backbone="densenet121",
     image_backbone_args=dict(growth_rate=16, block_config=(3, 4, 4), stem_type=""),
@@ -115,7 +127,7 @@ _DEMO_TEXT = dict(text_config=_bert(96, 2, 4, 192, vocab_size=1000, max_position
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        # -- the poster's, in its order --------------------------------------------------------------------------
+        # Poster: an image backbone alone, trained whole, with one linear layer on the pooled vector.
         "resnet18": Preset(
             dict(image_backbone="resnet18.tv_in1k", threshold=0.5),
             _FINE_TUNE,
@@ -136,6 +148,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             _FINE_TUNE,
             Poster(23_544_914, 90.12, 0.5, 0.7283, 0.7260, 50),
         ),
+        # Poster: a text backbone alone, trained whole, with one linear layer on the output of the BERT pooler.
         "tinybert": Preset(
             dict(**TINYBERT, dropout=0.1, threshold=0.5),
             _TEXT,
@@ -146,6 +159,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             _TEXT,
             Poster(4_388_242, 16.76, 0.635, 0.5960, 0.5989, 50),
         ),
+        # Poster: DenseNet-121 and TinyBERT, both frozen. Only the fusion and the classifier are trained.
         "densitybert": Preset(
             dict(**DENSITY, **FROZEN, fusion="self", threshold=0.35),
             _FINE_TUNE,
@@ -166,6 +180,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             _FINE_TUNE,
             Poster(23_600_578, 91.02, 0.461, 0.8026, 0.7985, 50),
         ),
+        # Poster: the same backbones with self-attention and norm; the last one or two stages and layers are trained.
         "warmdbert": Preset(
             dict(**DENSITY, **WARM, threshold=0.38),
             _FINE_TUNE,
@@ -186,6 +201,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             _FINE_TUNE | dict(num_train_epochs=30),
             Poster(25_886_930, 99.77, 0.40, 0.8700, 0.8464, 100),
         ),
+        # Poster: DenseNet-169 or ResNet-34 and BERT-tiny, both frozen.
         "bensity": Preset(
             dict(**CENSITY, **FROZEN, fusion="self", threshold=0.33),
             _FINE_TUNE,
@@ -206,7 +222,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             _FINE_TUNE,
             Poster(26_395_986, 100.92, 0.38, 0.7836, 0.7766, 50),
         ),
-        # -- our own --------------------------------------------------------------------------------------------
+        # Ours: pretrained backbones below 100 MB, trained whole, with one query for each label.
         "querybert": Preset(
             dict(
                 image_backbone="convnext_pico.d1_in1k",
@@ -219,6 +235,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             ),
             _FINE_TUNE,
         ),
+        # Ours: a small text model from random weights, 5 MB.
         "captions": Preset(
             dict(
                 text_config=_bert(
@@ -233,7 +250,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             ),
             _CAPTIONS,
         ),
-        # -- our own, small enough to learn the embedded data set from scratch on two cores ----------------------
+        # Ours: models that learn the embedded data set from random weights, in minutes on two cores.
         "demo": Preset(
             dict(**_DEMO_IMAGE, **_DEMO_TEXT, **_QUERIES, width=128),
             _DEMO,
@@ -245,7 +262,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of this name; `ValueError` with the nearest names for an unknown one."""
+    """Return the preset of a name. Raises `ValueError` with the most similar names if there is no such preset."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(PRESETS)}"
@@ -255,14 +272,17 @@ def get_preset(name: str) -> Preset:
 
 def config_from_preset(name: str, **overrides: Any) -> MMClfConfig:
     """
-    The configuration of a preset.
+    Return the configuration of a preset.
 
     Args:
-        name (`str`): One of `PRESETS`.
-        overrides: Fields of [`MMClfConfig`] that win over the preset's; `num_labels` too.
+        name (`str`): A key of `PRESETS`.
+        overrides: Fields of [`MMClfConfig`], or `num_labels`, that win over those of the preset.
+
+    Returns:
+        [`MMClfConfig`]: The configuration.
 
     Raises:
-        `ValueError`: an unknown preset, or a field that the configuration does not have.
+        `ValueError`: If there is no such preset, or the configuration has no such field.
     """
     preset = get_preset(name)
     fields = [field.name for field in dataclasses.fields(MMClfConfig)] + ["num_labels"]
@@ -271,6 +291,41 @@ def config_from_preset(name: str, **overrides: Any) -> MMClfConfig:
             near = difflib.get_close_matches(field, fields, n=1)
             raise ValueError(f"MMClfConfig has no field {field!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     values = {**preset.config, **overrides}
-    # copies: a configuration is mutable, the table is not
+    # copied, because a configuration is mutable and the presets are not
     values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     return MMClfConfig(**values)
+
+
+def presets_table(markdown: bool = False) -> str:
+    """
+    Format the presets as a table: the architecture and, for the systems of the poster, its figures.
+
+    Args:
+        markdown (`bool`, *optional*, defaults to `False`): Whether to write Markdown, as in the README. By default
+            the table is plain text.
+
+    Returns:
+        `str`: The table.
+    """
+    rows = []
+    for name, preset in PRESETS.items():
+        config, poster = config_from_preset(name), preset.poster
+        both = config.has_image and config.has_text
+        unfrozen = (config.unfrozen_image_stages, config.unfrozen_text_layers)
+        rows.append(
+            {
+                "preset": f"`{name}`" if markdown else name,
+                "image backbone": config.image_backbone and config.image_backbone.removesuffix(".tv_in1k"),
+                "text backbone": (config.text_backbone or "own").split("/")[-1] if config.has_text else None,
+                "fusion": config.fusion + (" + norm" if config.fusion_norm else "") if both else None,
+                "unfrozen": "all" if unfrozen == (None, None) else "{} / {}".format(*unfrozen),
+                "width": config.width if both else None,
+                "parameters": poster and poster.parameters,
+                "MB": poster and f"{poster.megabytes:.2f}",
+                "threshold": poster and f"{poster.threshold:g}",
+                "F1 train": poster and f"{poster.f1_train:.4f}",
+                "F1 validation": poster and f"{poster.f1_validation:.4f}",
+                "epochs": poster and poster.epochs,
+            }
+        )
+    return format_table(rows, markdown)
