@@ -1,4 +1,4 @@
-"""`Trainer` with a criterion, learning rates by part and a collator of its own for training rows."""
+"""`Trainer` with a criterion, separate learning rates for the backbones, and a collator for training rows."""
 
 import warnings
 from collections.abc import Callable
@@ -17,16 +17,19 @@ BACKBONES = ("image_model", "text_model")
 
 class MMClfTrainer(Trainer):
     """
-    `Trainer` with a criterion and learning rates by part, and without weight decay on one-dimensional parameters.
+    `Trainer` with a criterion and a learning rate of the backbones. One-dimensional parameters have no weight decay.
 
     Args:
-        args, kwargs:
-            The arguments of `Trainer`; all of them are honoured.
+        args, kwargs (`Any`):
+            The arguments of `Trainer`, all of which are honoured.
         criterion (`nn.Module`, *optional*):
-            Computes the loss, a mean over the batch, from logits and labels. Defaults to binary cross-entropy.
-            A `compute_loss_func` wins over it.
+            Computes the loss, a mean over the batch, from logits and labels. Defaults to binary cross-entropy. A
+            `compute_loss_func` takes precedence over it.
         train_data_collator (`Callable`, *optional*):
-            Makes batches of training rows where these differ from the rows to evaluate. Defaults to `data_collator`.
+            Makes batches of training rows. Defaults to `data_collator`.
+
+    Raises:
+        `ValueError`: If `backbone_learning_rate` is set, but the optimizer was given or has no groups of parameters.
     """
 
     args: MMClfTrainingArguments
@@ -39,9 +42,11 @@ class MMClfTrainer(Trainer):
         **kwargs: Any,
     ):
         with warnings.catch_warnings():
-            # Trainer warns about its own loss, which cannot smooth labels; the criterion can.
+            # Trainer warns that its own loss cannot smooth multi-label targets; the criterion can.
             warnings.filterwarnings("ignore", "Label smoothing is not compatible with multi-label")
             super().__init__(*args, **kwargs)
+        if self.optimizer is not None and self.args.backbone_learning_rate is not None:
+            raise ValueError("the optimizer is given, so backbone_learning_rate would be ignored; set it to None")
         self.criterion = (MultiLabelLoss() if criterion is None else criterion).to(self.args.device)
         self.train_data_collator = train_data_collator
 
@@ -52,7 +57,19 @@ class MMClfTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Compute the `criterion` of the model's logits, in place of the model's own loss."""
+        """
+        Compute the `criterion` of the model's logits instead of the model's own loss.
+
+        Args:
+            model (`nn.Module`):
+                The model, maybe wrapped.
+            inputs (`dict[str, torch.Tensor]`):
+                A batch with `labels`.
+            return_outputs (`bool`, *optional*, defaults to `False`):
+                Whether to return the outputs of the model too.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                Used by a `compute_loss_func` only.
+        """
         if self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
@@ -65,24 +82,31 @@ class MMClfTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer of `Trainer`, then give the parameters of the backbones their own learning rate."""
-        if self.optimizer is not None or self.args.backbone_learning_rate is None:
+        rate = self.args.backbone_learning_rate
+        if self.optimizer is not None or rate is None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
-        model = self.model if model is None else model
-        parts = [getattr(self.accelerator.unwrap_model(model), name, None) for name in BACKBONES]
-        in_backbone = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        parts = [getattr(model, name) for name in BACKBONES if hasattr(model, name)]
+        backbones = {parameter for part in parts for parameter in part.parameters() if parameter.requires_grad}
         for group in list(optimizer.param_groups):
-            backbone = [parameter for parameter in group["params"] if id(parameter) in in_backbone]
-            rest = [parameter for parameter in group["params"] if id(parameter) not in in_backbone]
+            inside = [parameter for parameter in group["params"] if parameter in backbones]
+            rest = [parameter for parameter in group["params"] if parameter not in backbones]
+            backbones.difference_update(inside)
             if not rest:
-                group["lr"] = self.args.backbone_learning_rate
-            elif backbone:
+                group["lr"] = rate
+            elif inside:
                 group["params"] = rest
-                optimizer.add_param_group({**group, "params": backbone, "lr": self.args.backbone_learning_rate})
+                optimizer.add_param_group({**group, "params": inside, "lr": rate})
+        if backbones:
+            raise ValueError(
+                f"{type(optimizer).__name__} has no groups of parameters, so backbone_learning_rate would be ignored; "
+                "set it to None, or choose another optimizer"
+            )
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
-        """Create the loader of training rows, with `train_data_collator` where there is one."""
+        """Create the loader of training rows, with `train_data_collator` if there is one."""
         collator = self.data_collator
         self.data_collator = self.train_data_collator or collator
         try:
