@@ -2,6 +2,7 @@ import pytest
 
 from hf_mmclf import MMClfForImageTextClassification, ModelArguments, parse_arguments, train
 from hf_mmclf.presets import config_from_preset
+from hf_mmclf.training import inputs
 from hf_mmclf.training import record as records
 from hf_mmclf.training import train as training
 
@@ -31,8 +32,8 @@ def test_licence_of_the_card(flags, expected, tmp_path, monkeypatch):
     """A model is ours to license only if it knows nothing but the embedded data set."""
     written = {}
     monkeypatch.setattr(records, "base_models", lambda args, model: [] if args.from_scratch else ["timm/some"])
-    monkeypatch.setattr(training, "write_records", lambda *args: written.update(args[5]))
-    monkeypatch.setattr(training, "build_model", lambda config, *_: MMClfForImageTextClassification(config))
+    monkeypatch.setattr(training, "write_records", lambda *args: written.update(args[3]))
+    monkeypatch.setattr(inputs, "build_model", lambda config, *_: MMClfForImageTextClassification(config))
     flags = ["--demo_rows", "60", "--preset", "demo-image", "--max_steps", "1", *TINY, *flags]
     train(*parse_arguments([*flags, "--output_dir", str(tmp_path / "m")]))
     assert written["license"] == expected and written["data"] == ["the embedded data set"]
