@@ -236,6 +236,17 @@ def config_from_preset(name: str, **overrides: Any) -> MMClfConfig:
     return MMClfConfig(**values)
 
 
+# Titles of the poster's figures in the table, and how the table writes them.
+FIGURES = {
+    "parameters": ("parameters", int),
+    "MB": ("megabytes", "{:.2f}".format),
+    "threshold": ("threshold", "{:g}".format),
+    "F1 train": ("f1_train", "{:.4f}".format),
+    "F1 validation": ("f1_validation", "{:.4f}".format),
+    "epochs": ("epochs", int),
+}
+
+
 def presets_table(markdown: bool = False) -> str:
     """
     Format the presets as a table: the architecture and, for the systems of the poster, its figures.
@@ -260,12 +271,7 @@ def presets_table(markdown: bool = False) -> str:
                 "fusion": config.fusion + (" + norm" if config.fusion_norm else "") if both else None,
                 "unfrozen": "all" if unfrozen == (None, None) else "{} / {}".format(*unfrozen),
                 "width": config.width if both else None,
-                "parameters": poster and poster.parameters,
-                "MB": poster and f"{poster.megabytes:.2f}",
-                "threshold": poster and f"{poster.threshold:g}",
-                "F1 train": poster and f"{poster.f1_train:.4f}",
-                "F1 validation": poster and f"{poster.f1_validation:.4f}",
-                "epochs": poster and poster.epochs,
+                **{title: poster and form(getattr(poster, field)) for title, (field, form) in FIGURES.items()},
             }
         )
     return format_table(rows, markdown)

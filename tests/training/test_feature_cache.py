@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import convert_bytes
 from datasets import Dataset
 from PIL import Image
 from support.training_runs import table_flags, write_table
@@ -21,7 +22,7 @@ from hf_mmclf.model.image_processing_mmclf import MMClfImageProcessor
 from hf_mmclf.model.processing_mmclf import MMClfProcessor
 from hf_mmclf.training import feature_cache
 from hf_mmclf.training.arguments import MMClfTrainingArguments
-from hf_mmclf.training.feature_cache import FeatureCache, cache_entries, in_words
+from hf_mmclf.training.feature_cache import FeatureCache, cache_entries
 
 TEXTS = ["a cat", "a small dog sits there", None, "two birds", "the cat and the dog", "a bird"]
 PROCESSOR = MMClfImageProcessor(size=64)
@@ -237,7 +238,7 @@ def test_the_announced_size_is_the_size_on_disk(make, rows, folder, capsys):
     needed = 12 * cache._bytes_of_a_row(rows)
     assert 0.8 < 2 * numbers / needed < 1.2
     said = capsys.readouterr().err
-    assert f"feature cache: train 6 rows x 2; about {in_words(needed)} in {cache.folder}\n" in said
+    assert f"feature cache: train 6 rows x 2; about {convert_bytes(needed)} in {cache.folder}\n" in said
 
 
 @pytest.mark.parametrize(
@@ -321,8 +322,3 @@ def test_the_command_lists_and_clears(make, rows, folder, capsys):
     assert [path.name for path in (folder / "cache").iterdir()] == ["other"]
     main(["cache", "--feature_cache_dir", str(folder / "cache")])
     assert "No feature cache in" in capsys.readouterr().out
-
-
-def test_sizes_in_words():
-    sizes = {0: "0 bytes", 1023: "1023 bytes", 1024: "1.0 KiB", 5_500_000: "5.2 MiB", 3 * 2**40: "3.0 TiB"}
-    assert {size: in_words(size) for size in sizes} == sizes

@@ -266,32 +266,50 @@ class Predictor:
             for name, change in replaced.items()
         }
 
-    def report(self, rows: Dataset, scores: np.ndarray) -> dict[str, Any]:
-        """Compute the figures of labelled rows from their scores `(rows, labels)`; see [`report`]."""
-        return report(scores, references_of(rows), self.model.config, presence(rows)[0], rows["text"][:])
-
-    def evaluate(self, rows: Dataset, folder: Path, batch_size: int = 64, ablations: bool = True) -> dict[str, Any]:
+    def report(
+        self, rows: Dataset, scores: np.ndarray, folder: Path | None = None, batch_size: int = 64
+    ) -> dict[str, Any]:
         """
-        Compute the figures of labelled rows.
+        Compute the figures of labelled rows from their scores.
 
         Args:
             rows (`Dataset`): Rows with the columns `image`, `text`, `where` and `labels`.
-            folder, batch_size: As for [`Predictor.predict`].
-            ablations (`bool`, *optional*, defaults to `True`):
-                Whether to add `ablations` for a model of both modalities. They take three more passes over the rows.
+            scores (`np.ndarray` of shape `(rows, labels)`): Their scores.
+            folder (`Path`, *optional*):
+                The folder to which image names are relative. With it, and for a model of both modalities, the figures
+                have `ablations` of [`ablation_figures`], which take three more passes over the rows.
+            batch_size (`int`, *optional*, defaults to 64): As for [`Predictor.predict`].
 
         Returns:
-            `dict`: The figures of [`report`], with `ablations` of [`ablation_figures`].
+            `dict`: The figures of [`report`].
 
         Raises:
             `ValueError`: if the rows have no labels.
         """
-        config, references = self.model.config, references_of(rows)
-        figures = self.report(rows, self.scores(rows, folder, batch_size))
-        if ablations and config.has_image and config.has_text:
+        config, references, present = self.model.config, references_of(rows), presence(rows)
+        figures = report(scores, references, config, present[0], rows["text"][:])
+        if folder is not None and config.has_image and config.has_text:
             ablated = self.ablated_scores(rows, folder, batch_size)
-            figures["ablations"] = ablation_figures(ablated, references, config, *presence(rows))
+            figures["ablations"] = ablation_figures(ablated, references, config, *present)
         return figures
+
+    def evaluate(self, rows: Dataset, folder: Path, batch_size: int = 64, ablations: bool = True) -> dict[str, Any]:
+        """
+        Compute the scores of labelled rows and their figures.
+
+        Args:
+            rows, folder, batch_size: As for [`Predictor.report`].
+            ablations (`bool`, *optional*, defaults to `True`): Whether to add `ablations`.
+
+        Returns:
+            `dict`: The figures of [`Predictor.report`].
+
+        Raises:
+            `ValueError`: if the rows have no labels.
+        """
+        references_of(rows)  # raises its error before the rows are scored
+        scores = self.scores(rows, folder, batch_size)
+        return self.report(rows, scores, folder if ablations else None, batch_size)
 
 
 FinishedModel = Predictor  # the name in version 0.1
