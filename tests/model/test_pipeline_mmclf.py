@@ -258,7 +258,7 @@ def test_half_precision(folders, records, expected):
 def test_a_bad_record_is_named_by_its_index(batch_size, pipe, records, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     cases = [
-        ({"image": str(tmp_path / "bad.jpg")}, r"cannot read the image .*bad.jpg: not a picture"),
+        ({"image": str(tmp_path / "bad.jpg")}, r"cannot read the image .*bad.jpg: not an image"),
         ({"image": str(tmp_path / "none.jpg")}, r"cannot read the image .*none.jpg: "),
         ({"image": b""}, r"cannot read the image \(bytes\): the file is empty"),
         ({"image": 3}, r"cannot read the image \(int\): An image must be"),
