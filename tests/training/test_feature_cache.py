@@ -226,7 +226,7 @@ def test_a_disk_that_is_too_small_is_refused(make, rows, folder, monkeypatch):
     cache = make()
     full = shutil.disk_usage(folder)._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    with pytest.raises(OSError, match=r"needs about .* KiB, but .*cache has 10 bytes left; give fewer --cached_views"):
+    with pytest.raises(OSError, match=r"needs about .* KB, but .*cache has 10 bytes left; give fewer --cached_views"):
         compute(cache, rows, folder, views=4)
     assert cache.computed == 0 and not cache_entries(folder / "cache")
 
@@ -316,7 +316,7 @@ def test_the_command_lists_and_clears(make, rows, folder, capsys):
     (folder / "cache" / "other").mkdir()
     main(["cache", "--feature_cache_dir", str(folder / "cache")])
     listed = capsys.readouterr().out
-    assert listed.count("densenet121") == 2 and "KiB in" in listed
+    assert listed.count("densenet121") == 2 and "KB in" in listed
     main(["cache", "--clear", "--feature_cache_dir", str(folder / "cache")])
     assert "removed from" in capsys.readouterr().out
     assert [path.name for path in (folder / "cache").iterdir()] == ["other"]
