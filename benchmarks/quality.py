@@ -164,7 +164,7 @@ def fused(name: str, flags: str, seed: int) -> dict:
 
 
 def fusion_lines(runs: dict[str, list[dict]]) -> list[dict]:
-    """The table of [`fusion`]. Models with both modalities are also given the pictures and the captions alone."""
+    """The table of [`fusion`]. Models with both modalities are also given the images and the texts alone."""
     test = demo_dataset()["test"]
 
     def values(name: str, what: Callable[[dict], Scored], **present: bool) -> list[float]:
@@ -185,8 +185,8 @@ def fusion_lines(runs: dict[str, list[dict]]) -> list[dict]:
         ]
         line["labels that need both"] = spread(need_both)
         for index, modality in enumerate(ALONE):
-            absent = {other: False for other in ALONE if other != modality}
-            only = values(name, lambda run, i=index: run["changed"][i], **absent) if read == "both" else None
+            missing = {f"has_{other}": False for other in ALONE if other != modality}
+            only = values(name, lambda run, i=index: run["changed"][i], **missing) if read == "both" else None
             line[f"{modality} only"] = spread(only) if only else None
             line[f"against {ALONE[modality]}"] = statistics.mean(only) - alone[modality] if only else None
         line["MB"] = results[0]["megabytes"]
