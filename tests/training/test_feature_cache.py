@@ -1,13 +1,11 @@
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import convert_bytes
 from datasets import Dataset
 from PIL import Image
 from support.training_runs import table_flags, write_table
@@ -21,7 +19,7 @@ from hf_mmclf.model.image_processing_mmclf import MMClfImageProcessor
 from hf_mmclf.model.processing_mmclf import MMClfProcessor
 from hf_mmclf.training import feature_cache
 from hf_mmclf.training.arguments import MMClfTrainingArguments
-from hf_mmclf.training.feature_cache import FeatureCache, cache_entries, in_words
+from hf_mmclf.training.feature_cache import FeatureCache, cache_entries
 
 TEXTS = ["a cat", "a small dog sits there", None, "two birds", "the cat and the dog", "a bird"]
 PROCESSOR = MMClfImageProcessor(size=64)
@@ -187,45 +185,30 @@ def test_images_in_the_table_are_told_apart_by_their_bytes(make, rows, folder):
     assert cache.computed == 6
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = [sys.argv[1]]
-from hf_mmclf.training import feature_cache
-from hf_mmclf import parse_arguments, train
-feature_cache.SHARD, run, calls = 10, feature_cache.FeatureCache._features, []
+def test_an_interrupted_run_leaves_complete_shards(make, rows, folder, monkeypatch):
+    monkeypatch.setattr(feature_cache, "SHARD", 3)
+    cache = make()
+    run, calls = cache._features, []
 
-def dies(self, batch):
-    calls.append(batch)
-    if len(calls) == 8:  # one for the shapes, then two batches a shard: in the middle of the fourth
-        os.kill(os.getpid(), signal.SIGKILL)
-    return run(self, batch)
+    def dies(batch):
+        calls.append(batch)
+        if len(calls) == 6:  # two batches a shard: in the middle of the third
+            raise KeyboardInterrupt
+        return run(batch)
 
-feature_cache.FeatureCache._features = dies
-train(*parse_arguments(sys.argv[2:]))
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_run_leaves_complete_shards(tmp_path, capsys, monkeypatch):
-    table = write_table(tmp_path / "table")
-    flags = [*run_flags(table, tmp_path / "m", tmp_path / "cache"), "--per_device_eval_batch_size", "5"]
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parents[1]), *flags]
-    died = subprocess.run(command, capture_output=True, text=True)
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    monkeypatch.setattr(feature_cache, "SHARD", 10)
-    computed, run = [], FeatureCache._features
-    monkeypatch.setattr(FeatureCache, "_features", lambda self, batch: computed.append(batch) or run(self, batch))
-    train(*parse_arguments(flags))
-    assert "are reused" in capsys.readouterr().err
-    rows = sum(len(batch["labels"]) for batch in computed if "labels" in batch)
-    assert rows == 4 * 48 + 6 - 30  # four views and the validation rows, without the three complete shards
+    cache._features = dies
+    with pytest.raises(KeyboardInterrupt):
+        compute(cache, rows, folder, AUGMENTED, views=2)
+    again = make()
+    compute(again, rows, folder, AUGMENTED, views=2)
+    assert again.computed == 12 - 6
 
 
 def test_a_disk_that_is_too_small_is_refused(make, rows, folder, monkeypatch):
     cache = make()
     full = shutil.disk_usage(folder)._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    with pytest.raises(OSError, match=r"needs about .* KiB, but .*cache has 10 bytes left; give fewer --cached_views"):
+    with pytest.raises(OSError, match=r"needs about .* KB, but .*cache has 10 bytes left; give fewer --cached_views"):
         compute(cache, rows, folder, views=4)
     assert cache.computed == 0 and not cache_entries(folder / "cache")
 
@@ -237,7 +220,7 @@ def test_the_announced_size_is_the_size_on_disk(make, rows, folder, capsys):
     needed = 12 * cache._bytes_of_a_row(rows)
     assert 0.8 < 2 * numbers / needed < 1.2
     said = capsys.readouterr().err
-    assert f"feature cache: train 6 rows x 2; about {in_words(needed)} in {cache.folder}\n" in said
+    assert f"feature cache: train 6 rows x 2; about {convert_bytes(needed)} in {cache.folder}\n" in said
 
 
 @pytest.mark.parametrize(
@@ -315,14 +298,9 @@ def test_the_command_lists_and_clears(make, rows, folder, capsys):
     (folder / "cache" / "other").mkdir()
     main(["cache", "--feature_cache_dir", str(folder / "cache")])
     listed = capsys.readouterr().out
-    assert listed.count("densenet121") == 2 and "KiB in" in listed
+    assert listed.count("densenet121") == 2 and "KB in" in listed
     main(["cache", "--clear", "--feature_cache_dir", str(folder / "cache")])
     assert "removed from" in capsys.readouterr().out
     assert [path.name for path in (folder / "cache").iterdir()] == ["other"]
     main(["cache", "--feature_cache_dir", str(folder / "cache")])
     assert "No feature cache in" in capsys.readouterr().out
-
-
-def test_sizes_in_words():
-    sizes = {0: "0 bytes", 1023: "1023 bytes", 1024: "1.0 KiB", 5_500_000: "5.2 MiB", 3 * 2**40: "3.0 TiB"}
-    assert {size: in_words(size) for size in sizes} == sizes

@@ -219,7 +219,7 @@ def test_the_command_trains_on_them(here, checkpoints, tmp_path):
     environment = here.environment(tmp_path / "home", token=None) | {"OMP_NUM_THREADS": "1"}
     child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert child.returncode == 0, child.stderr[-3000:]
-    said = child.stdout.splitlines()
+    said = child.stderr.splitlines()
     assert "image backbone: pretrained, densenet121.tv_in1k" in said
     assert f"text backbone: pretrained, {TINYBERT}" in said
     assert f"tokenizer: {TINYBERT} (30,522 tokens)" in said

@@ -266,9 +266,32 @@ class Predictor:
             for name, change in replaced.items()
         }
 
-    def report(self, rows: Dataset, scores: np.ndarray) -> dict[str, Any]:
-        """Compute the figures of labelled rows from their scores `(rows, labels)`; see [`report`]."""
-        return report(scores, references_of(rows), self.model.config, presence(rows)[0], rows["text"][:])
+    def report(
+        self, rows: Dataset, scores: np.ndarray, folder: Path | None = None, batch_size: int = 64
+    ) -> dict[str, Any]:
+        """
+        Compute the figures of labelled rows from their scores.
+
+        Args:
+            rows (`Dataset`): Rows with the columns `image`, `text`, `where` and `labels`.
+            scores (`np.ndarray` of shape `(rows, labels)`): The scores of the rows.
+            folder (`Path`, *optional*):
+                The folder to which image names are relative. If it is given and the model has both modalities,
+                `ablations` are added, which take three more passes over the rows.
+            batch_size (`int`, *optional*, defaults to 64): Rows in one forward pass of one process.
+
+        Returns:
+            `dict`: The figures of [`report`], with `ablations` of [`ablation_figures`].
+
+        Raises:
+            `ValueError`: if the rows have no labels.
+        """
+        config, references = self.model.config, references_of(rows)
+        figures = report(scores, references, config, presence(rows)[0], rows["text"][:])
+        if folder is not None and config.has_image and config.has_text:
+            ablated = self.ablated_scores(rows, folder, batch_size)
+            figures["ablations"] = ablation_figures(ablated, references, config, *presence(rows))
+        return figures
 
     def evaluate(self, rows: Dataset, folder: Path, batch_size: int = 64, ablations: bool = True) -> dict[str, Any]:
         """
@@ -286,12 +309,9 @@ class Predictor:
         Raises:
             `ValueError`: if the rows have no labels.
         """
-        config, references = self.model.config, references_of(rows)
-        figures = self.report(rows, self.scores(rows, folder, batch_size))
-        if ablations and config.has_image and config.has_text:
-            ablated = self.ablated_scores(rows, folder, batch_size)
-            figures["ablations"] = ablation_figures(ablated, references, config, *presence(rows))
-        return figures
+        references_of(rows)  # raises before the scores are computed
+        scores = self.scores(rows, folder, batch_size)
+        return self.report(rows, scores, folder if ablations else None, batch_size)
 
 
 FinishedModel = Predictor  # the name in version 0.1

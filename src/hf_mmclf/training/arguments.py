@@ -108,6 +108,30 @@ class MMClfTrainingArguments(TrainingArguments):
             Load the checkpoint with the best validation score at the end of training.
         metric_for_best_model (`str`, *optional*, defaults to `"f1"`):
             Metric that chooses the best checkpoint.
+        learning_rate (`float`, *optional*, defaults to 5e-5):
+            Highest learning rate of the schedule.
+        weight_decay (`float`, *optional*, defaults to 0.0):
+            Weight decay of all parameters with several dimensions. Biases and norms have none.
+        num_train_epochs (`float`, *optional*, defaults to 3.0):
+            Number of epochs.
+        max_steps (`int`, *optional*, defaults to -1):
+            Number of optimizer steps, which replaces the number of epochs if it is positive.
+        per_device_train_batch_size (`int`, *optional*, defaults to 8):
+            Number of training rows in the batch of one process.
+        per_device_eval_batch_size (`int`, *optional*, defaults to 8):
+            Number of validation or test rows in the batch of one process.
+        gradient_accumulation_steps (`int`, *optional*, defaults to 1):
+            Number of batches whose gradients are averaged for one optimizer step.
+        lr_scheduler_type (`str`, *optional*, defaults to `"linear"`):
+            Schedule of the learning rate, such as linear, cosine or constant.
+        warmup_steps (`float`, *optional*, defaults to 0):
+            Number of steps in which the learning rate grows from 0 or, below 1, their share of all steps.
+        bf16 (`bool`, *optional*, defaults to `False`):
+            Train in bfloat16 mixed precision. The command turns it on if the accelerator supports it.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the initial weights, the order of the rows and the augmentation.
+        dataloader_num_workers (`int`, *optional*, defaults to 0):
+            Number of processes that load rows. The command chooses it by the number of CPU cores.
         logging_steps (`float`, *optional*, defaults to 0.05):
             Number of steps between two logs of the training loss or, below 1, their share of all steps.
         remove_unused_columns (`bool`, *optional*, defaults to `False`):

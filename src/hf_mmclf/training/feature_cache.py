@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate.utils import convert_bytes
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub.constants import HF_HOME
 from torch.nn.utils.rnn import pad_sequence
@@ -209,14 +210,14 @@ class FeatureCache:
         total = sum(shard.size for shard in flat)
         missing = sum(shard.size for shard in flat if not shard.file.exists())
         views = ", ".join(f"{name} {len(rows):,} rows x {count}" for name, (rows, _, count) in wanted.items())
-        reused = f", of which {in_words(total - missing)} are reused" if missing < total else ""
-        logger.info(f"feature cache: {views}; about {in_words(total)} in {self.folder}{reused}")
+        reused = f", of which {convert_bytes(total - missing)} are reused" if missing < total else ""
+        logger.info(f"feature cache: {views}; about {convert_bytes(total)} in {self.folder}{reused}")
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if missing > free:
             raise OSError(
-                f"the feature cache needs about {in_words(missing)}, but {self.folder.parent} has {in_words(free)} "
-                "left; give fewer --cached_views or another --feature_cache_dir, free space by "
+                f"the feature cache needs about {convert_bytes(missing)}, but {self.folder.parent} has "
+                f"{convert_bytes(free)} left; give fewer --cached_views or another --feature_cache_dir, free space by "
                 "`hf-mmclf cache --clear`, or leave --cache_features out"
             )
         (self.folder / ABOUT).write_text(self.about, encoding="utf-8")
@@ -341,13 +342,10 @@ def _digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _digest_of_weights(model: MMClfForImageTextClassification) -> str:
-    """Return a digest of the backbones that are frozen."""
-    digest, config = hashlib.blake2b(), model.config
-    frozen = {"image_model.": config.unfrozen_image_stages == 0, "text_model.": config.unfrozen_text_layers == 0}
-    for name, tensor in model.state_dict().items():
-        if any(name.startswith(prefix) for prefix, whole in frozen.items() if whole):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    digest = hashlib.blake2b()
+    for name, tensor in model.frozen_tensors():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -369,13 +367,6 @@ def folder_size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def in_words(size: float) -> str:
-    """Return a number of bytes with a unit that fits it, such as `5.2 MiB`."""
-    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
-    power = min(len(units) - 1, max(0, int(size).bit_length() - 1) // 10)
-    return f"{size / 1024**power:.{min(power, 1)}f} {units[power]}"
-
-
 def cache_entries(folder: Path | None = None) -> list[tuple[Path, dict[str, Any]]]:
     """Return the caches in a folder and what `about.json` says of each, the most recently used one last."""
     found = sorted((folder or default_folder()).glob(f"*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
@@ -395,9 +386,9 @@ def caches_table(folder: Path | None = None, clear: bool = False) -> str:
         size, used = folder_size(cache), time.localtime((cache / ABOUT).stat().st_mtime)
         total += size
         row = {"cache": cache.name, **{f"{part} backbone": about[f"{part}_backbone"] for part in ("image", "text")}}
-        rows.append(row | {"size": in_words(size), "last used": time.strftime("%Y-%m-%d %H:%M", used)})
+        rows.append(row | {"size": convert_bytes(size), "last used": time.strftime("%Y-%m-%d %H:%M", used)})
         if clear:
             shutil.rmtree(cache)
     if not rows:
         return f"No feature cache in {folder}"
-    return f"{format_table(rows)}\n\n{in_words(total)} {'removed from' if clear else 'in'} {folder}"
+    return f"{format_table(rows)}\n\n{convert_bytes(total)} {'removed from' if clear else 'in'} {folder}"

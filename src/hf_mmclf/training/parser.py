@@ -28,24 +28,6 @@ from .arguments import Arguments, MMClfTrainingArguments, ModelArguments, did_yo
 
 CLASSES = (ModelArguments, DataArguments, AugmentationArguments, MMClfTrainingArguments)
 
-# --help shows these arguments of transformers.TrainingArguments and --help_all shows the other hundred too.
-COMMON = (
-    "output_dir",
-    "learning_rate",
-    "weight_decay",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "bf16",
-    "seed",
-    "logging_steps",
-    "dataloader_num_workers",
-    "resume_from_checkpoint",
-)
 COLUMN = 24  # where the texts of the help begin
 
 
@@ -179,9 +161,10 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) 
         `SystemExit`: If a flag or a value does not exist, after a message that names the valid ones.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     parser = CommandParser(
         CLASSES,
-        hidden={field.name for field in dataclasses.fields(TrainingArguments)} - set(COMMON),
+        hidden=inherited - set(_documentation(MMClfTrainingArguments)[1]),
         prog=prog,
         usage="%(prog)s [--config FILE] [--argument value ...]",
         description="Train a multi-label classifier. Without arguments it trains on the embedded data set.",

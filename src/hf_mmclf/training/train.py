@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors.torch import load_model
 from transformers import EarlyStoppingCallback, TrainerState, set_seed
@@ -18,7 +17,7 @@ from transformers.utils import logging
 from ..data.augmentation import AugmentationArguments
 from ..data.prepare import DataArguments, PreparedData, presence, references_of
 from ..data.streaming import StreamCollator
-from ..evaluation.ablation import REMOVED, ablation_figures
+from ..evaluation.ablation import REMOVED
 from ..evaluation.metrics import fit_temperature
 from ..evaluation.report import ComputeMetrics, report_text, scores_of
 from ..evaluation.thresholds import best_threshold, label_thresholds
@@ -70,7 +69,7 @@ def train(
 
     >>> output = f"{tempfile.mkdtemp()}/model"
     >>> flags = ["--preset", "demo-text", "--demo_rows", "60", "--max_steps", "2", "--output_dir", output]
-    >>> folder = train(*parse_arguments(flags))  # logs, then prints the report
+    >>> folder = train(*parse_arguments(flags))  # doctest: +ELLIPSIS
     {'loss': ...
     >>> (folder / "model.safetensors").is_file()
     True
@@ -244,7 +243,7 @@ def _score(
             predictor.model.calibrate(temperature)
             logits = logits / temperature
         outcomes[name] = scores_of(logits), references
-        rate = next((value for key, value in output.metrics.items() if key.endswith("samples_per_second")), None)
+        rate = output.metrics["test_samples_per_second"]
         speed = {"split": name, "rows_per_second": rate, "batch_size": args.eval_batch_size}
     return outcomes, speed, temperature
 
@@ -284,15 +283,11 @@ def _report(
     predictor: Predictor, prepared: PreparedData, outcomes: Outcomes, ablations: bool
 ) -> dict[str, dict[str, Any]]:
     """Return the figures of each scored split. Ablations take three more passes, so only the last split has them."""
-    config, reports = predictor.model.config, {}
-    for name, (scores, _) in outcomes.items():
-        reports[name] = predictor.report(prepared.splits[name], scores)
-    if ablations and reports and config.has_image and config.has_text:
-        name, (_, references) = list(outcomes.items())[-1]
-        rows = prepared.splits[name]
-        ablated = predictor.ablated_scores(rows, prepared.folder)
-        reports[name]["ablations"] = ablation_figures(ablated, references, config, *presence(rows))
-    return reports
+    last = list(outcomes)[-1:] if ablations else []
+    return {
+        name: predictor.report(prepared.splits[name], scores, prepared.folder if name in last else None)
+        for name, (scores, _) in outcomes.items()
+    }
 
 
 def _print_summary(output: Path, results: Results, threshold: float) -> None:
@@ -325,13 +320,9 @@ def _claim_output(model_args: ModelArguments, args: MMClfTrainingArguments) -> t
     if args.output_dir == "trainer_output":  # transformers' default: nobody chose a folder
         if resuming:
             raise ValueError("--resume_from_checkpoint needs the --output_dir of the run to resume")
-        chosen = [None]
-        if args.process_index == 0:
-            output, number = Path("outputs") / model_args.preset, 2
-            while output.exists():
-                output, number = Path("outputs") / f"{model_args.preset}-{number}", number + 1
-            chosen = [str(output)]
-        output = Path(broadcast_object_list(chosen)[0] if args.world_size > 1 else chosen[0])
+        output, number = Path("outputs") / model_args.preset, 2
+        while output.exists():  # all processes find the same name, because none of them has written yet
+            output, number = Path("outputs") / f"{model_args.preset}-{number}", number + 1
     elif not resuming and _is_used(output):
         raise FileExistsError(
             f"{output} is not empty; give another --output_dir, or --resume_from_checkpoint true to resume there"
