@@ -1,6 +1,6 @@
 """The loop that people write by hand, in plain PyTorch: what this package's speed is measured against.
 
-The way the poster's kind of code does it: pictures augmented by PIL at full size and only then made small, captions
+The way the poster's kind of code does it: images augmented by PIL at full size and only then made small, texts
 padded to one constant length (the characters of the longest), frozen parameters that merely do not ask for a gradient
 while BatchNorm stays in training mode, two loader workers, fp32, the default memory format, plain AdamW. It knows
 nothing of the package; a row is a mapping with `image` (file name), `text` and `labels` (multi-hot).
@@ -57,8 +57,8 @@ def swap_words(text: str, probability: float) -> str:
     return " ".join(words)
 
 
-class CaptionedPictures(Dataset):
-    """Rows as tensors, one at a time, captions padded to the character count of the longest."""
+class ImageTextRows(Dataset):
+    """Rows as tensors, one at a time, texts padded to the character count of the longest."""
 
     def __init__(
         self,

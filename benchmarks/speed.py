@@ -23,9 +23,7 @@ Everything runs on the CPU, in batches of 16, from 640 px JPEGs: `../shared/data
 """
 
 import argparse
-import copy
 import csv
-import dataclasses
 import itertools
 import json
 import os
@@ -38,205 +36,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from functools import cached_property, partial
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import baseline
 import torch
-from datasets import Dataset, concatenate_datasets
-from torch import nn
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback
+from workload import BATCH, Workload, image_rows
 
-from hf_mmclf import MMClfProcessor, MMClfTrainer, Predictor, demo_dataset, parse_arguments, pipeline
-from hf_mmclf.data.augmentation import ImageAugmentation, TextAugmentation
-from hf_mmclf.data.collator import Collator, EvaluationImageTransform, RowTransform
 from hf_mmclf.data.prepare import DataArguments, prepare_data
-from hf_mmclf.data.tables import read_table
-from hf_mmclf.data.tokenizer import load_tokenizer
 from hf_mmclf.evaluation.report import format_table
-from hf_mmclf.training.arguments import machine_defaults
-from hf_mmclf.training.feature_cache import FeatureCache
-from hf_mmclf.training.inputs import build_config, build_image_processor, build_model
-from hf_mmclf.training.trainer import parameter_groups
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-BATCH = 16
-SKIPPED = 4  # first steps, in which workers start and buffers fill
 CACHED = 2_000  # rows of the table of which the features are cached
-AHEAD = 10  # batches more than are measured, so that loading never rests before the end
-
-
-class Clock(TrainerCallback):
-    """The time at which each step ends."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    @property
-    def rate(self) -> float:
-        """Rows a second after the first steps."""
-        times = self.times[SKIPPED:]
-        return BATCH * (len(times) - 1) / (times[-1] - times[0])
-
-
-class Workload:
-    """A preset from scratch on real or drawn pictures, with all that `hf_mmclf.train` would make of its arguments.
-
-    Args:
-        preset (`str`): A preset with both modalities.
-        steps (`int`): Steps to measure, after the first few.
-        flags (`str`): More arguments of a training run.
-        rows (`int`, *optional*): Rows of the table, which repeats the pictures; by default enough for the steps.
-    """
-
-    def __init__(self, preset: str, steps: int, *flags: str, rows: int | None = None):
-        self._scratch = tempfile.TemporaryDirectory()  # goes with the workload
-        self.steps, self.all_steps = steps, steps + SKIPPED + 1
-        source, self.folder = pictures(Path(self._scratch.name))
-        count = rows or (self.all_steps + AHEAD) * BATCH * 5 // 4  # a fifth is held out
-        table = source.select([row % len(source) for row in range(count)])
-        prepared = prepare_data(DataArguments(image_dir=str(self.folder)), sources={"train": table})
-        self.rows = prepared.splits["train"]
-        self.measured = self.rows.select(range(min(steps * BATCH, len(self.rows)))).remove_columns("labels")
-
-        vocabulary = SHARED / "bert_vocab" / "vocab.txt"
-        given = ["--preset", preset, "--from_scratch", "--output_dir", f"{self._scratch.name}/output"]
-        given += ["--tokenizer", str(vocabulary) if vocabulary.is_file() else "train"]
-        given += ["--per_device_train_batch_size", str(BATCH), "--max_steps", str(self.all_steps)]
-        given += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
-        model_args, _, strengths, self.args = parse_arguments([*given, "--disable_tqdm", "true", *flags])
-        config = build_config(model_args)
-        config.id2label = dict(enumerate(prepared.labels.names))
-        tokenizer, _ = load_tokenizer(model_args.tokenizer, self.rows["text"], model_args.vocab_size)
-        positions = config.text_config.max_position_embeddings
-        tokenizer.model_max_length = min(model_args.max_tokens, positions)
-        self.model = build_model(config, model_args, tokenizer)
-        known = build_image_processor(self.model, model_args.image_size)
-        self.processor, size = MMClfProcessor(known, tokenizer), known.size["longest_edge"]
-        self.collator = Collator(tokenizer, tokenizer.model_max_length, size)
-
-        self.strength = dataclasses.asdict(strengths)
-        swap, _ = self.strength.pop("swap_words"), self.strength.pop("drop_words")
-        augmentation = ImageAugmentation.from_processor(known, **self.strength)
-        self.transform = RowTransform(self.folder, augmentation, TextAugmentation(swap))
-        self.augmented = self.rows.with_transform(self.transform)
-        by_hand = baseline.augmentation(size, known.image_mean, known.image_std, **self.strength)
-        plain_rows = self.rows.to_list()
-        self.by_hand = baseline.CaptionedPictures(plain_rows, self.folder, by_hand, tokenizer, positions, swap)
-
-    def trainer(self, *callbacks: TrainerCallback) -> MMClfTrainer:
-        trainer = MMClfTrainer(self.model, self.args, self.collator, self.augmented, callbacks=list(callbacks))
-        trainer.remove_callback(PrinterCallback)
-        return trainer
-
-    def ours(self) -> float:
-        """Rows a second of a training run."""
-        clock = Clock()
-        self.trainer(clock).train()
-        return clock.rate
-
-    @cached_property
-    def plain_model(self) -> nn.Module:
-        return baseline.frozen_by_hand(self.model)
-
-    def cached(self, views: int) -> float:
-        """Rows a second of all epochs that the arguments name, with a feature cache that has to be computed first."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.args.feature_cache_dir = folder
-            began = time.perf_counter()
-            cache = FeatureCache(self.model, self.collator, self.args, {})
-            rows = cache.compute({"train": (self.rows, self.transform, views)}, partial(print, file=sys.stderr))
-            trainer = MMClfTrainer(self.model, self.args, cache.cached_collator, rows["train"])
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-            return self.args.num_train_epochs * len(self.rows) / (time.perf_counter() - began)
-
-    def baseline(self) -> float:
-        """Rows a second of the loop written by hand."""
-        steps, clock = baseline.train(self.plain_model, baseline.loader(self.by_hand, BATCH)), Clock()
-        for _ in itertools.islice(steps, self.all_steps):
-            clock.on_step_end()
-        return clock.rate
-
-    @cached_property
-    def bare_model(self) -> nn.Module:
-        return copy.deepcopy(self.model).to(memory_format=torch.channels_last)
-
-    @cached_property
-    def training_batches(self) -> list[dict[str, torch.Tensor]]:
-        return in_memory(itertools.islice(self.trainer().get_train_dataloader(), 8))
-
-    def bare_step(self) -> float:
-        """Rows a second of the optimizer step on tensors in memory."""
-        model, clock = self.bare_model.train(), Clock()
-        optimizer = torch.optim.AdamW(parameter_groups(model, self.args), fused=True)
-        for batch in itertools.islice(itertools.cycle(self.training_batches), self.all_steps):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
-                loss = model(**batch).loss
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            clock.on_step_end()
-        return clock.rate
-
-    @cached_property
-    def evaluation_batches(self) -> list[dict[str, torch.Tensor]]:
-        transform = RowTransform(self.folder, EvaluationImageTransform(self.processor.image_processor))
-        return in_memory(DataLoader(self.measured.with_transform(transform), BATCH, collate_fn=self.collator))
-
-    @torch.inference_mode()
-    def bare_forward(self) -> float:
-        """Rows a second of the forward pass on tensors in memory."""
-        model, batches = self.bare_model.eval(), self.evaluation_batches
-        model(**batches[0])
-        return self.rate_of(lambda: [model(**batch).logits for batch in batches])
-
-    def scores(self) -> float:
-        """Rows a second of `Predictor.scores`."""
-        finished = Predictor(self.folder, self.model.eval(), self.processor)
-        return self.rate_of(lambda: finished.scores(self.measured, self.folder, BATCH))
-
-    def pipeline(self) -> float:
-        """Rows a second of `pipeline` on a list of files."""
-        pipe = pipeline(self.model, processor=self.processor, device="cpu")
-        files = [str(self.folder / name) for name in self.measured["image"]]
-        records = [{"image": file, "text": text} for file, text in zip(files, self.measured["text"], strict=True)]
-        workers = machine_defaults()["dataloader_num_workers"]
-        return self.rate_of(lambda: pipe(records, batch_size=BATCH, num_workers=workers))
-
-    def rate_of(self, work: Callable[[], Any]) -> float:
-        began = time.perf_counter()
-        work()
-        return len(self.measured) / (time.perf_counter() - began)
-
-
-def in_memory(batches: Iterable[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """Batches as the bare model takes them."""
-    channels_last = torch.channels_last
-    return [
-        {name: x.contiguous(memory_format=channels_last) if x.ndim == 4 else x for name, x in batch.items()}
-        for batch in batches
-    ]
-
-
-def pictures(scratch: Path) -> tuple[Dataset, Path]:
-    """Rows with `image`, `text`, `labels` and `where`, and the folder of their pictures."""
-    real = SHARED / "coco301"
-    if real.is_dir():
-        columns = {"ImageID": "image", "Caption": "text", "Labels": "labels"}
-        return read_table(real / "all.csv").rename_columns(columns), real / "data"
-    drawn = concatenate_datasets(list(demo_dataset(rows=100, size=640).values()))
-    names = [f"{row}.jpg" for row in range(len(drawn))]
-    for name, picture in zip(names, drawn["image"], strict=True):
-        picture.save(scratch / name, quality=90)
-    return Dataset.from_dict({**drawn.select_columns(["text", "labels"])[:], "image": names, "where": names}), scratch
 
 
 def take_turns(rounds: int, **runs: Callable[[], float]) -> dict[str, list[float]]:
@@ -291,7 +103,7 @@ def loading(options: argparse.Namespace) -> list[dict]:
 
 def processes(options: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory() as scratch:
-        source, folder = pictures(Path(scratch))
+        source, folder = image_rows(Path(scratch))
         table = Path(scratch) / "table.parquet"
         rows = (options.steps or 20) * BATCH * 5 // 4
         source.select([row % len(source) for row in range(rows)]).to_parquet(table)
@@ -372,7 +184,7 @@ def startup(options: argparse.Namespace) -> list[dict]:
 
 def write_large_table(folder: Path, rows: int) -> Path:
     """Rows that each name a picture of their own: 1,000 links to one file, in a folder with a name for each 1,000."""
-    source, drawn = pictures(folder)
+    source, drawn = image_rows(folder)
     captions, draw = source["text"][:], random.Random(0)
     real = folder / "0"
     real.mkdir()

@@ -70,9 +70,12 @@ BERT_TINY = dict(text_backbone="prajjwal1/bert-tiny", text_config=_bert(128, 2, 
 # .tv_in1k are the weights of torchvision, as in the time of the poster; the untagged defaults of timm differ
 DENSITY = dict(image_backbone="densenet121.tv_in1k", **TINYBERT)
 CENSITY = dict(image_backbone="densenet169.tv_in1k", **BERT_TINY)
+REST = dict(image_backbone="resnet34.tv_in1k", **BERT_TINY)
 FROZEN = dict(unfrozen_image_stages=0, unfrozen_text_layers=0)
-WARM = dict(fusion="self", fusion_norm=True, unfrozen_image_stages=1, unfrozen_text_layers=1)
-WARMER = dict(fusion="self", fusion_norm=True, unfrozen_image_stages=2, unfrozen_text_layers=2)
+WARM = dict(unfrozen_image_stages=1, unfrozen_text_layers=1)
+WARMER = dict(unfrozen_image_stages=2, unfrozen_text_layers=2)
+NORMED = dict(fusion="self", fusion_norm=True)
+WIDE = dict(width=896, projection_norm=True, dropout=0.5)
 
 # One query for each label attends to image cells of all resolutions, to text tokens, and to text-over-image attention.
 _QUERIES = dict(fusion="label_queries", fusion_heads=8, image_tokens="stages")
@@ -125,103 +128,40 @@ _DEMO_IMAGE = dict(
 _DEMO_TEXT = dict(text_config=_bert(96, 2, 4, 192, vocab_size=1000, max_position_embeddings=64))
 
 
+# Configuration of each system of the poster, and its figures in the order of [`Poster`].
+_POSTER: Mapping[str, tuple[dict[str, Any], tuple]] = {
+    # An image backbone alone, trained whole, with one linear layer on the pooled vector.
+    "resnet18": (dict(image_backbone="resnet18.tv_in1k"), (11_185_746, 42.74, 0.5, 0.6712, 0.6612, 20)),
+    "resnet34": (dict(image_backbone="resnet34.tv_in1k"), (21_293_906, 81.36, 0.5, 0.6406, 0.6304, 20)),
+    "densenet201": (dict(image_backbone="densenet201.tv_in1k"), (18_127_506, 70.45, 0.5, 0.6728, 0.6594, 20)),
+    "resnet50": (dict(image_backbone="resnet50.tv_in1k"), (23_544_914, 90.12, 0.5, 0.7283, 0.7260, 50)),
+    # A text backbone alone, trained whole, with one linear layer on the pooler's vector.
+    "tinybert": (dict(**TINYBERT, dropout=0.1), (14_355_882, 54.79, 0.5, 0.5955, 0.5975, 50)),
+    "bert-tiny": (dict(**BERT_TINY, dropout=0.1), (4_388_242, 16.76, 0.635, 0.5960, 0.5989, 50)),
+    # DenseNet-121 and TinyBERT.
+    "densitybert": (dict(**DENSITY, **FROZEN, fusion="self"), (25_351_722, 97.71, 0.35, 0.8173, 0.8173, 50)),
+    "modensitybert": (dict(**DENSITY, **FROZEN, **NORMED), (25_355_730, 97.72, 0.38, 0.8622, 0.8179, 50)),
+    "cdbert-text": (dict(**DENSITY, **FROZEN, fusion="cross_text"), (24_329_666, 93.81, 0.29, 0.7599, 0.7564, 50)),
+    "cdbert-image": (dict(**DENSITY, **FROZEN, fusion="cross_image"), (23_600_578, 91.02, 0.461, 0.8026, 0.7985, 50)),
+    "warmdbert": (dict(**DENSITY, **WARM, **NORMED), (25_355_730, 97.72, 0.38, 0.8505, 0.8310, 50)),
+    "warmerdbert": (dict(**DENSITY, **WARMER, **NORMED), (25_355_730, 97.72, 0.39, 0.8567, 0.8345, 50)),
+    "warmerdbert-extended": (dict(**DENSITY, **WARMER, **NORMED), (25_355_730, 97.72, 0.42, 0.8698, 0.8485, 100)),
+    "wwdbert": (dict(**DENSITY, **WARMER, **NORMED, **WIDE), (25_886_930, 99.77, 0.40, 0.8700, 0.8464, 100)),
+    # DenseNet-169 or ResNet-34, and BERT-tiny.
+    "bensity": (dict(**CENSITY, **FROZEN, fusion="self"), (26_152_082, 100.83, 0.33, 0.7980, 0.7980, 50)),
+    "censity-text": (dict(**CENSITY, **FROZEN, fusion="cross_text"), (23_546_642, 90.89, 0.33, 0.7905, 0.7901, 50)),
+    "censity-image": (dict(**CENSITY, **FROZEN, fusion="cross_image"), (20_990_738, 81.14, 0.38, 0.7869, 0.7801, 50)),
+    "rest": (dict(**REST, **FROZEN, fusion="cross_image"), (26_395_986, 100.92, 0.38, 0.7836, 0.7766, 50)),
+}
+_LONG = _FINE_TUNE | dict(num_train_epochs=30)
+_RECIPES = {"tinybert": _TEXT, "bert-tiny": _TEXT, "warmerdbert-extended": _LONG, "wwdbert": _LONG}
+
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        # Poster: an image backbone alone, trained whole, with one linear layer on the pooled vector.
-        "resnet18": Preset(
-            dict(image_backbone="resnet18.tv_in1k", threshold=0.5),
-            _FINE_TUNE,
-            Poster(11_185_746, 42.74, 0.5, 0.6712, 0.6612, 20),
-        ),
-        "resnet34": Preset(
-            dict(image_backbone="resnet34.tv_in1k", threshold=0.5),
-            _FINE_TUNE,
-            Poster(21_293_906, 81.36, 0.5, 0.6406, 0.6304, 20),
-        ),
-        "densenet201": Preset(
-            dict(image_backbone="densenet201.tv_in1k", threshold=0.5),
-            _FINE_TUNE,
-            Poster(18_127_506, 70.45, 0.5, 0.6728, 0.6594, 20),
-        ),
-        "resnet50": Preset(
-            dict(image_backbone="resnet50.tv_in1k", threshold=0.5),
-            _FINE_TUNE,
-            Poster(23_544_914, 90.12, 0.5, 0.7283, 0.7260, 50),
-        ),
-        # Poster: a text backbone alone, trained whole, with one linear layer on the output of the BERT pooler.
-        "tinybert": Preset(
-            dict(**TINYBERT, dropout=0.1, threshold=0.5),
-            _TEXT,
-            Poster(14_355_882, 54.79, 0.5, 0.5955, 0.5975, 50),
-        ),
-        "bert-tiny": Preset(
-            dict(**BERT_TINY, dropout=0.1, threshold=0.635),
-            _TEXT,
-            Poster(4_388_242, 16.76, 0.635, 0.5960, 0.5989, 50),
-        ),
-        # Poster: DenseNet-121 and TinyBERT, both frozen. Only the fusion and the classifier are trained.
-        "densitybert": Preset(
-            dict(**DENSITY, **FROZEN, fusion="self", threshold=0.35),
-            _FINE_TUNE,
-            Poster(25_351_722, 97.71, 0.35, 0.8173, 0.8173, 50),
-        ),
-        "modensitybert": Preset(
-            dict(**DENSITY, **FROZEN, fusion="self", fusion_norm=True, threshold=0.38),
-            _FINE_TUNE,
-            Poster(25_355_730, 97.72, 0.38, 0.8622, 0.8179, 50),
-        ),
-        "cdbert-text": Preset(
-            dict(**DENSITY, **FROZEN, fusion="cross_text", threshold=0.29),
-            _FINE_TUNE,
-            Poster(24_329_666, 93.81, 0.29, 0.7599, 0.7564, 50),
-        ),
-        "cdbert-image": Preset(
-            dict(**DENSITY, **FROZEN, fusion="cross_image", threshold=0.461),
-            _FINE_TUNE,
-            Poster(23_600_578, 91.02, 0.461, 0.8026, 0.7985, 50),
-        ),
-        # Poster: the same backbones with self-attention and norm; the last one or two stages and layers are trained.
-        "warmdbert": Preset(
-            dict(**DENSITY, **WARM, threshold=0.38),
-            _FINE_TUNE,
-            Poster(25_355_730, 97.72, 0.38, 0.8505, 0.8310, 50),
-        ),
-        "warmerdbert": Preset(
-            dict(**DENSITY, **WARMER, threshold=0.39),
-            _FINE_TUNE,
-            Poster(25_355_730, 97.72, 0.39, 0.8567, 0.8345, 50),
-        ),
-        "warmerdbert-extended": Preset(
-            dict(**DENSITY, **WARMER, threshold=0.42),
-            _FINE_TUNE | dict(num_train_epochs=30),
-            Poster(25_355_730, 97.72, 0.42, 0.8698, 0.8485, 100),
-        ),
-        "wwdbert": Preset(
-            dict(**DENSITY, **WARMER, width=896, projection_norm=True, dropout=0.5, threshold=0.40),
-            _FINE_TUNE | dict(num_train_epochs=30),
-            Poster(25_886_930, 99.77, 0.40, 0.8700, 0.8464, 100),
-        ),
-        # Poster: DenseNet-169 or ResNet-34 and BERT-tiny, both frozen.
-        "bensity": Preset(
-            dict(**CENSITY, **FROZEN, fusion="self", threshold=0.33),
-            _FINE_TUNE,
-            Poster(26_152_082, 100.83, 0.33, 0.7980, 0.7980, 50),
-        ),
-        "censity-text": Preset(
-            dict(**CENSITY, **FROZEN, fusion="cross_text", threshold=0.33),
-            _FINE_TUNE,
-            Poster(23_546_642, 90.89, 0.33, 0.7905, 0.7901, 50),
-        ),
-        "censity-image": Preset(
-            dict(**CENSITY, **FROZEN, fusion="cross_image", threshold=0.38),
-            _FINE_TUNE,
-            Poster(20_990_738, 81.14, 0.38, 0.7869, 0.7801, 50),
-        ),
-        "rest": Preset(
-            dict(image_backbone="resnet34.tv_in1k", **BERT_TINY, **FROZEN, fusion="cross_image", threshold=0.38),
-            _FINE_TUNE,
-            Poster(26_395_986, 100.92, 0.38, 0.7836, 0.7766, 50),
-        ),
+        name: Preset(config | {"threshold": figures[2]}, _RECIPES.get(name, _FINE_TUNE), Poster(*figures))
+        for name, (config, figures) in _POSTER.items()
+    }
+    | {
         # Ours: pretrained backbones below 100 MB, trained whole, with one query for each label.
         "querybert": Preset(
             dict(
@@ -296,6 +236,17 @@ def config_from_preset(name: str, **overrides: Any) -> MMClfConfig:
     return MMClfConfig(**values)
 
 
+# Titles of the poster's figures in the table, and how the table writes them.
+FIGURES = {
+    "parameters": ("parameters", int),
+    "MB": ("megabytes", "{:.2f}".format),
+    "threshold": ("threshold", "{:g}".format),
+    "F1 train": ("f1_train", "{:.4f}".format),
+    "F1 validation": ("f1_validation", "{:.4f}".format),
+    "epochs": ("epochs", int),
+}
+
+
 def presets_table(markdown: bool = False) -> str:
     """
     Format the presets as a table: the architecture and, for the systems of the poster, its figures.
@@ -320,12 +271,7 @@ def presets_table(markdown: bool = False) -> str:
                 "fusion": config.fusion + (" + norm" if config.fusion_norm else "") if both else None,
                 "unfrozen": "all" if unfrozen == (None, None) else "{} / {}".format(*unfrozen),
                 "width": config.width if both else None,
-                "parameters": poster and poster.parameters,
-                "MB": poster and f"{poster.megabytes:.2f}",
-                "threshold": poster and f"{poster.threshold:g}",
-                "F1 train": poster and f"{poster.f1_train:.4f}",
-                "F1 validation": poster and f"{poster.f1_validation:.4f}",
-                "epochs": poster and poster.epochs,
+                **{title: poster and form(getattr(poster, field)) for title, (field, form) in FIGURES.items()},
             }
         )
     return format_table(rows, markdown)

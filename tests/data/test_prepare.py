@@ -290,7 +290,7 @@ BAD = {
     "empty.png": b"",
     "text.png": b"no image at all",
 }
-REASONS = {"cut.jpg": "truncated", "empty.png": "the file is empty", "text.png": "of a known kind"}
+REASONS = {"cut.jpg": "truncated", "empty.png": "the file is empty", "text.png": "of a known format"}
 
 
 @pytest.fixture(params=["files", "bytes"])

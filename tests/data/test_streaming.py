@@ -150,7 +150,7 @@ def test_streams_that_cannot_be(changes, message, folder):
     [
         ([], "--streaming has no epochs; give --max_steps"),
         (["--max_steps", "4", "--eval_strategy", "epoch", "--save_strategy", "epoch"], "give --eval_strategy steps"),
-        (["--max_steps", "4", "--cache_features"], "--cache_features keeps something of each row"),
+        (["--max_steps", "4", "--cache_features"], "--cache_features keeps all rows on disk"),
     ],
 )
 def test_settings_that_need_the_number_of_rows(more, message, folder, tmp_path):

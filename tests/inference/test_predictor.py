@@ -1,4 +1,3 @@
-import doctest
 import shutil
 
 import numpy as np
@@ -11,7 +10,6 @@ from transformers import BertConfig
 
 from hf_mmclf import DataArguments, Predictor
 from hf_mmclf.evaluation.report import report
-from hf_mmclf.inference import predictor as module
 from hf_mmclf.inference.predictor import atomic_folder, save_model
 
 KINDS = ["both", "image", "text"]
@@ -37,11 +35,6 @@ def forward(predictor, image, text):
         inputs |= predictor.processor.tokenizer(text, truncation=True, max_length=16, return_tensors="pt")
     with torch.no_grad():
         return predictor.model.eval()(**inputs).logits[0].sigmoid().numpy()
-
-
-def test_example():
-    failed, attempted = doctest.testmod(module)
-    assert attempted and not failed
 
 
 def test_load_says_what_is_wrong_with_a_folder(tmp_path, folders):

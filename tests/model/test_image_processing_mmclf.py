@@ -217,7 +217,7 @@ def test_bad_inputs_are_named():
             run(bad)
     with pytest.raises(ValueError, match="nowhere.png"):
         run("nowhere.png")
-    for bad, reason in ((b"bytes", "not a picture of a known kind"), (b"", "the file is empty")):
+    for bad, reason in ((b"bytes", "not an image of a known format"), (b"", "the file is empty")):
         with pytest.raises(ValueError, match=f"^{reason}$"):
             run(bad)
 

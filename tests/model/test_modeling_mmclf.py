@@ -483,57 +483,35 @@ def test_unfreezing_too_much(kind, fields, message, tiny_model):
         tiny_model(kind, **fields)
 
 
-# Halves: the part before the cut on its own, as a feature cache and a CPU's forward pass use it
+# Frozen features: the tokens of backbones that are frozen whole
 
 
-@pytest.mark.parametrize(("stages", "layers"), CASES)
-@pytest.mark.parametrize("tokens", ["pooled", "spatial"])
-def test_states_stand_for_pictures_and_captions(stages, layers, tokens, tiny_model, tiny_batch):
-    model = tiny_model(unfrozen_image_stages=stages, unfrozen_text_layers=layers, image_tokens=tokens)
+@pytest.mark.parametrize("tokens", ["pooled", "spatial", "stages"])
+def test_frozen_features_replace_images_and_texts(tokens, tiny_model, tiny_batch):
+    model = tiny_model(unfrozen_image_stages=0, unfrozen_text_layers=0, image_tokens=tokens)
     batch = tiny_batch()
-    read = {"attention_mask": batch["attention_mask"]}
-    states = {
+    mask = {"attention_mask": batch["attention_mask"]}
+    features = {
         "image_features": model.frozen_image_features(batch["pixel_values"]),
-        "text_features": model.frozen_text_features(batch["input_ids"], **read),
+        "text_features": model.frozen_text_features(batch["input_ids"], **mask),
     }
-    assert not any(value.requires_grad for value in states.values())
-    torch.testing.assert_close(model(**states, **read).logits, model(**batch).logits)
+    assert not any(value.requires_grad for value in features.values())
+    torch.testing.assert_close(model(**features, **mask).logits, model(**batch).logits)
 
-    labels = torch.eye(3)
     gradients = []
-    for given in ({**batch}, {**states, **read}):
-        torch.manual_seed(1)  # of dropout
+    for given in (batch, {**features, **mask}):
+        torch.manual_seed(1)  # for dropout
         model.train().zero_grad()
-        model(**given, labels=labels).loss.backward()
+        model(**given, labels=torch.eye(3)).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(*gradients)
-    assert any("image_model" in name for name in gradients[0]) == (stages > 0)
 
 
-def test_maps_of_all_stages_are_cached_of_a_frozen_backbone_alone(tiny_model, tiny_batch):
-    batch = tiny_batch()
-    pixels = batch["pixel_values"]
-    frozen = tiny_model(unfrozen_image_stages=0, image_tokens="stages")
-    states = dict(image_features=frozen.frozen_image_features(pixels), pixel_values=None)
-    torch.testing.assert_close(logits(frozen, batch | states), logits(frozen, batch))
-    partly = tiny_model(unfrozen_image_stages=1, image_tokens="stages").train()
-    assert partly.frozen_image_features(pixels) is None  # the stages that train would lack the maps of the others
-    partly(**batch, labels=torch.eye(3)).loss.backward()
-    touched = {name for name, parameter in partly.image_model.named_parameters() if parameter.grad is not None}
-    assert touched == trained_names(partly.image_model)
-    assert {name.split(".")[1] for name in touched} == {"transition3", "denseblock4", "norm5"}
-
-
-def test_what_cannot_be_cut_has_no_states(tiny_model, tiny_batch):
-    whole = tiny_model()
-    assert whole.frozen_image_features(tiny_batch()["pixel_values"]) is None
-    assert whole.frozen_text_features(**tiny_batch("text")) is None
-    positions = tiny_model(
-        "image", image_backbone="eva02_tiny_patch14_224", image_backbone_args=EVA, unfrozen_image_stages=1
-    )  # adds position embeddings outside any module: cut in two it would add them twice
-    pixels = tiny_batch("image")["pixel_values"]
-    assert positions.frozen_image_features(pixels) is None
-    assert positions(pixel_values=pixels).logits.isfinite().all()
+@pytest.mark.parametrize("unfrozen", [None, 1])
+def test_only_wholly_frozen_backbones_have_frozen_features(unfrozen, tiny_model, tiny_batch):
+    model = tiny_model(unfrozen_image_stages=unfrozen, unfrozen_text_layers=unfrozen)
+    assert model.frozen_image_features(tiny_batch()["pixel_values"]) is None
+    assert model.frozen_text_features(**tiny_batch("text")) is None
 
 
 @pytest.mark.parametrize("stages", [None, 0, 1])
@@ -579,6 +557,41 @@ def test_activation_checkpointing_changes_no_number(stages, tiny_model, tiny_bat
     torch.testing.assert_close(*gradients)
     assert saved[1] < 0.9 * saved[0]
     torch.testing.assert_close(again.eval()(**batch).logits, plain.eval()(**batch).logits)
+
+
+def last_norm(model):
+    """A BatchNorm layer inside a checkpointed block."""
+    return [module for module in model.image_model.modules() if isinstance(module, torch.nn.BatchNorm2d)][-2]
+
+
+def train_step(model, batch):
+    model.train()
+    model(**batch, labels=torch.eye(3)).loss.backward()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["both", "image"])
+def test_activation_checkpointing_can_be_enabled_twice_disabled_copied_and_pickled(kind, tiny_model, tiny_batch):
+    plain, batch = tiny_model(kind), tiny_batch(kind)
+    again = copy.deepcopy(plain)
+    for _ in range(2):
+        again.activation_checkpointing_enable()
+    assert again.is_activation_checkpointing
+    copied, unpickled = copy.deepcopy(again), pickle.loads(pickle.dumps(again))
+    for model in (plain, again, copied, unpickled):
+        torch.manual_seed(1)  # for dropout
+        train_step(model, batch)
+        assert int(last_norm(model).num_batches_tracked) == 1 and last_norm(model).momentum == 0.1
+        torch.testing.assert_close(last_norm(model).running_mean, last_norm(plain).running_mean)
+    before = last_norm(again).running_mean.clone()
+    again.activation_checkpointing_enable()
+    train_step(again, batch)
+    assert int(last_norm(again).num_batches_tracked) == 2
+    assert (last_norm(again).running_mean - before).abs().max() > 1e-6
+    again.activation_checkpointing_disable()
+    assert not again.is_activation_checkpointing
+    assert not any(getattr(module, "grad_checkpointing", False) for module in again.image_model.modules())
+    assert copied.is_activation_checkpointing
 
 
 def test_activation_checkpointing_that_timm_does_not_have(tiny_model):

@@ -258,14 +258,14 @@ def test_half_precision(folders, records, expected):
 def test_a_bad_record_is_named_by_its_index(batch_size, pipe, records, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     cases = [
-        ({"image": str(tmp_path / "bad.jpg")}, r"cannot read the picture .*bad.jpg: not a picture"),
-        ({"image": str(tmp_path / "none.jpg")}, r"cannot read the picture .*none.jpg: "),
-        ({"image": b""}, r"cannot read the picture \(bytes\): the file is empty"),
-        ({"image": 3}, r"cannot read the picture \(int\): An image must be"),
+        ({"image": str(tmp_path / "bad.jpg")}, r"cannot read the image .*bad.jpg: not an image"),
+        ({"image": str(tmp_path / "none.jpg")}, r"cannot read the image .*none.jpg: "),
+        ({"image": b""}, r"cannot read the image \(bytes\): the file is empty"),
+        ({"image": 3}, r"cannot read the image \(int\): An image must be"),
         ({"text": 3}, "the text is int; expected a string"),
-        ({"text": ""}, "has neither a picture nor a caption"),
-        ({}, "has neither a picture nor a caption"),
-        ({"image": None, "text": "  "}, "has neither a picture nor a caption"),
+        ({"text": ""}, "has neither an image nor a text"),
+        ({}, "has neither an image nor a text"),
+        ({"image": None, "text": "  "}, "has neither an image nor a text"),
         ({"image": "a.jpg", "caption": "a dog"}, r"got the keys \['caption'\]; expected image and text"),
         ("a.jpg", 'got str; expected {"image": ...'),
     ]

@@ -66,7 +66,7 @@ def test_bad_input_is_named(processor):
     for nothing in ({}, dict(images=[], text=[])):
         with pytest.raises(ValueError, match="neither images nor text"):
             processor(**nothing)
-    with pytest.raises(ValueError, match="got 3 images and 1 texts; expected as many"):
+    with pytest.raises(ValueError, match="got 3 images and 1 texts; expected the same number"):
         processor(images=PICTURES, text="a dog")
     with pytest.raises(ValueError, match="got images, but this model has no image backbone"):
         MMClfProcessor(tokenizer=processor.tokenizer)(images=PICTURES, text=TEXTS)

@@ -26,8 +26,8 @@ KINDS = ["both", "image", "text"]
 
 
 def test_these_files_are_pushed():
-    names = ["configuration", "freezing", "fusion", "image_processing", "modeling", "pipeline", "processing"]
-    names += ["tokens", "weights"]
+    names = ["backbones", "configuration", "fusion", "image_processing", "modeling", "pipeline", "pretrained"]
+    names += ["processing"]
     assert [file.stem for file in SOURCES] == [f"{name}_mmclf" for name in names]
 
 

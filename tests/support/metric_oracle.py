@@ -14,7 +14,7 @@ def draw(rows=200, labels=5, seed=0, digits=None, prevalence=0.3):
 def precision_recall_f(predicted, references, beta=1.0, empty=0.0):
     """Count decisions of any shape one by one; `empty` is the F-measure without anything to count."""
     right = wrong = missed = 0
-    for guess, truth in zip(np.ravel(predicted), np.ravel(references), strict=True):
+    for guess, truth in zip(np.ravel(predicted).tolist(), np.ravel(references).tolist(), strict=True):
         right += guess and truth == 1
         wrong += guess and truth == 0
         missed += not guess and truth == 1

@@ -1,6 +1,7 @@
 import pytest
 
 from hf_mmclf import MMClfTrainingArguments, ModelArguments
+from hf_mmclf.training.inputs import check_arguments
 
 
 def test_dataclasses_work_from_python(tmp_path):
@@ -15,9 +16,10 @@ def test_dataclasses_work_from_python(tmp_path):
         (dict(threshold_beta=0.0), "beta is 0.0"),
         (dict(threshold_objective="precision", threshold_precision=90.0), "precision is 90.0"),
         (dict(threshold_shrinkage=-2.0), "threshold_shrinkage is -2.0; expected at least 0, or -1"),
+        (dict(metric_for_best_model="f2"), "metric_for_best_model is 'f2'"),
     ):
         with pytest.raises(ValueError, match=message):
-            MMClfTrainingArguments(str(tmp_path), **wrong)
+            check_arguments(MMClfTrainingArguments(str(tmp_path), **wrong))
     with pytest.raises(ValueError, match="resnet18"):
         ModelArguments(image_backbone="resnet81")
 

@@ -38,7 +38,7 @@ STYLE = {
     "legend.frameon": False,
     "text.parse_math": False,  # label names may hold dollar signs
 }
-SHOWN_LABELS = 80  # more bars make a picture that nobody can read
+SHOWN_LABELS = 80  # more bars make the plot unreadable
 
 Outcomes = Mapping[str, tuple[np.ndarray, np.ndarray]]
 

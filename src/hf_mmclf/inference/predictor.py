@@ -274,42 +274,40 @@ class Predictor:
 
         Args:
             rows (`Dataset`): Rows with the columns `image`, `text`, `where` and `labels`.
-            scores (`np.ndarray` of shape `(rows, labels)`): The scores of the rows.
+            scores (`np.ndarray` of shape `(rows, labels)`): Their scores.
             folder (`Path`, *optional*):
-                The folder to which image names are relative. If it is given and the model has both modalities,
-                `ablations` are added, which take three more passes over the rows.
-            batch_size (`int`, *optional*, defaults to 64): Rows in one forward pass of one process.
+                The folder to which image names are relative. With it, and for a model of both modalities, the figures
+                have `ablations` of [`ablation_figures`], which take three more passes over the rows.
+            batch_size (`int`, *optional*, defaults to 64): As for [`Predictor.predict`].
 
         Returns:
-            `dict`: The figures of [`report`], with `ablations` of [`ablation_figures`].
+            `dict`: The figures of [`report`].
 
         Raises:
             `ValueError`: if the rows have no labels.
         """
-        config, references = self.model.config, references_of(rows)
-        figures = report(scores, references, config, presence(rows)[0], rows["text"][:])
+        config, references, present = self.model.config, references_of(rows), presence(rows)
+        figures = report(scores, references, config, present[0], rows["text"][:])
         if folder is not None and config.has_image and config.has_text:
             ablated = self.ablated_scores(rows, folder, batch_size)
-            figures["ablations"] = ablation_figures(ablated, references, config, *presence(rows))
+            figures["ablations"] = ablation_figures(ablated, references, config, *present)
         return figures
 
     def evaluate(self, rows: Dataset, folder: Path, batch_size: int = 64, ablations: bool = True) -> dict[str, Any]:
         """
-        Compute the figures of labelled rows.
+        Compute the scores of labelled rows and their figures.
 
         Args:
-            rows (`Dataset`): Rows with the columns `image`, `text`, `where` and `labels`.
-            folder, batch_size: As for [`Predictor.predict`].
-            ablations (`bool`, *optional*, defaults to `True`):
-                Whether to add `ablations` for a model of both modalities. They take three more passes over the rows.
+            rows, folder, batch_size: As for [`Predictor.report`].
+            ablations (`bool`, *optional*, defaults to `True`): Whether to add `ablations`.
 
         Returns:
-            `dict`: The figures of [`report`], with `ablations` of [`ablation_figures`].
+            `dict`: The figures of [`Predictor.report`].
 
         Raises:
             `ValueError`: if the rows have no labels.
         """
-        references_of(rows)  # raises before the scores are computed
+        references_of(rows)  # raises its error before the rows are scored
         scores = self.scores(rows, folder, batch_size)
         return self.report(rows, scores, folder if ablations else None, batch_size)
 

@@ -1,6 +1,6 @@
-"""How pictures and captions meet: attention between their tokens, stand-ins for absent ones, projections.
+"""The fusion of image and text tokens: attention, replacements of missing modalities, projections, label queries.
 
-Pushed to the Hub as code, so it imports third-party packages only and stands alone.
+This file is pushed to the Hub as code: it imports only third-party packages and its neighbours.
 """
 
 import torch
@@ -14,10 +14,10 @@ class Attention(nn.Module):
     """Scaled dot-product attention without an output projection.
 
     Args:
-        query_width (`int`): Size of the tokens that ask.
-        key_width (`int`): Size of the tokens that are attended to.
+        query_width (`int`): Size of the query tokens.
+        key_width (`int`): Size of the key and value tokens.
         width (`int`): Size of queries, keys and values, and so of the result.
-        heads (`int`, *optional*, defaults to 1): Into which `width` is divided.
+        heads (`int`, *optional*, defaults to 1): Number of heads, a divisor of `width`.
     """
 
     def __init__(self, query_width: int, key_width: int, width: int, heads: int = 1):
@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class PreScaledLayerNorm(nn.Module):
-    """Tokens times a learned vector, then LayerNorm."""
+    """Multiply tokens by a learned vector, then apply LayerNorm."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -49,7 +49,7 @@ class PreScaledLayerNorm(nn.Module):
 
 
 class MissingModality(nn.Module):
-    """One token, learned or zero, for rows without any: (B, N, D), (B, N) -> the same.
+    """Replace the tokens of rows with a missing modality by one learned or zero vector: (B, N, D), (B, N) -> the same.
 
     Args:
         width (`int`): Size of the tokens.
@@ -112,18 +112,19 @@ class Fusion(nn.Module):
 
 
 class LabelQueries(nn.Module):
-    """One learned query for each label, which attends to the tokens of all modalities: (B, N, D), (B, N) of each in,
-    one vector for each label out, (B, L, width).
+    """
+    A decoder with one learned query for each label, which attends to the tokens of all modalities.
 
-    Liu et al. 2021, "Query2Label: A Simple Transformer Way to Multi-Label Classification", with captions among what is
-    asked. Where there are both modalities, what each token of the caption finds in the picture is a third one ("the
-    red one" has found what is red there by the time that a label asks). Nothing but heads stands between tokens and
-    that, and the means of what is read and of what it finds go around the decoder to every label: deeper ways learn
-    a few thousand rows by heart before they learn which word means what.
+    The input is one pair of tokens (B, N, D) and mask (B, N) for each modality; the output is one vector for each
+    label, (B, L, width). The method is Query2Label (Liu et al. 2021, "Query2Label: A Simple Transformer Way to
+    Multi-Label Classification") with texts in addition to images. With both modalities, attention from the text tokens
+    to the image tokens gives a third set of tokens: the words "the red one" then carry the features of the red object.
+    The means of the text tokens and of these tokens bypass the decoder and are added to the vector of each label.
+    Deeper variants memorised a few thousand rows before they learned the meaning of the words.
 
     Args:
         config ([`MMClfConfig`]): Number of labels, width, layers, heads, dropout.
-        widths (`list[int]`): Size of the tokens of each modality, pictures first.
+        widths (`list[int]`): Size of the tokens of each modality, images first.
     """
 
     def __init__(self, config: MMClfConfig, widths: list[int]):
@@ -145,14 +146,14 @@ class LabelQueries(nn.Module):
             modalities = (*modalities, (self.grounding(text, image, image_mask), text_mask))
         memory = [project(tokens) for project, (tokens, _) in zip(self.projections, modalities, strict=True)]
         means = [project(masked_mean(*tokens)) for project, tokens in zip(self.means, modalities[-2:], strict=True)]
-        # attention to nothing would be NaN
+        # A row without any token to attend to would give NaN.
         absent = torch.cat([~mask & mask.any(1, keepdim=True) for _, mask in modalities], 1)
         queries = self.queries.expand(memory[0].shape[0], -1, -1)  # not len(): an export would keep it
         return self.decoder(queries, torch.cat(memory, 1), memory_key_padding_mask=absent) + sum(means).unsqueeze(1)
 
 
 class LabelClassifier(nn.Module):
-    """A linear classifier of its own for each label's vector: (B, L, D) -> (B, L)."""
+    """One linear classifier for the vector of each label: (B, L, D) -> (B, L)."""
 
     def __init__(self, width: int, num_labels: int):
         super().__init__()
@@ -174,7 +175,7 @@ class RowBatchNorm(nn.BatchNorm1d):
 
 
 def projection(config: MMClfConfig, width: int) -> nn.Module:
-    """The way of one modality's vector into the common width."""
+    """Return the projection of the vector of one modality to the common width."""
     linear = nn.Linear(width, config.width)
     if not config.projection_norm:
         return linear

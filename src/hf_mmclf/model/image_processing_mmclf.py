@@ -1,6 +1,6 @@
-"""Evaluation preprocessing: any picture to a normalised square that shows the whole of it.
+"""The image processor: it turns an image of any kind into a normalised square with the whole image in it.
 
-Pushed to the Hub as code, so it imports third-party packages only and stands alone.
+This file is pushed to the Hub as code: it imports only third-party packages and its neighbours.
 """
 
 import os
@@ -29,14 +29,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     Turn a PIL image of any mode into an upright 8-bit RGB image.
 
-    The EXIF orientation is applied. Transparency is composited on white, as transformers does. Pictures of more than
+    The EXIF orientation is applied. Transparency is composited on white, as transformers does. Images with more than
     8 bits are scaled, not clipped: 16-bit modes (`I;16`, ...) have 65535 as white; in mode `I` white is the first of
     255, 65535 and the largest value that no value exceeds, in mode `F` the same after 1.0. Negative values and NaN
     are black.
 
     Args:
         image (`PIL.Image.Image`):
-            A picture in any mode Pillow reads from files; of an animation the current frame is taken.
+            An image in any mode that Pillow reads from files. Of an animation the current frame is used.
 
     Returns:
         `PIL.Image.Image`: A new image, mode `RGB`, its width and height swapped where the orientation says so.
@@ -60,7 +60,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 def read_image(file: str | os.PathLike | BytesIO, short_edge: int | None = None) -> torch.Tensor:
     """
-    The pixels of an encoded picture, made upright 8-bit RGB as [`to_rgb`] does.
+    Decode an image file to upright 8-bit RGB pixels, as [`to_rgb`] does.
 
     Args:
         file (`str`, `os.PathLike` or `BytesIO`):
@@ -73,7 +73,7 @@ def read_image(file: str | os.PathLike | BytesIO, short_edge: int | None = None)
         `torch.Tensor`: uint8, of shape (3, height, width).
 
     Raises:
-        `ValueError`: a picture that cannot be read.
+        `ValueError`: if the image cannot be read.
     """
     try:
         with Image.open(file) as opened:
@@ -87,7 +87,7 @@ def read_image(file: str | os.PathLike | BytesIO, short_edge: int | None = None)
             return pil_to_tensor(to_rgb(opened))
     except UnidentifiedImageError:  # its message may hold no more than an address in memory
         size = file.getbuffer().nbytes if isinstance(file, BytesIO) else os.path.getsize(file)
-        raise ValueError("not a picture of a known kind" if size else "the file is empty") from None
+        raise ValueError("not an image of a known format" if size else "the file is empty") from None
     except Exception as error:  # Pillow's decoders raise nearly everything
         raise ValueError(str(error) or type(error).__name__) from error
 
@@ -107,12 +107,12 @@ def _fetch(source: str) -> Any:
 
 class MMClfImageProcessor(TorchvisionBackend):
     r"""
-    Resizes the long edge of a picture to `size`, centres it on a black square and normalises it.
+    Resize the long edge of an image to `size`, centre it on a black square and normalise it.
 
-    Small pictures are enlarged; the short edge keeps the aspect ratio and is at least one pixel. The padding is black
+    Small images are enlarged; the short edge keeps the aspect ratio and is at least one pixel. The padding is black
     before normalisation. A path, a URL, an encoded file's bytes, a cell of `datasets`' undecoded `Image` column or a
     PIL image in any mode is first made upright RGB by [`to_rgb`]. Arrays and tensors have pixels from 0 to 255,
-    (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. Single pictures, lists of mixed sizes and arrays
+    (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. Single images, lists of mixed sizes and arrays
     with a leading batch dimension are all accepted.
 
     Calling it returns a [`BatchFeature`] with `pixel_values`: with `return_tensors="pt"` (or `"np"`) a float32 tensor
@@ -132,8 +132,8 @@ class MMClfImageProcessor(TorchvisionBackend):
             `do_normalize`, `device`, ...). Each may also be given when calling the processor.
 
     Raises:
-        `ValueError`: for another form of `size`, an empty list, a string that is no picture, or a damaged one.
-        `TypeError`: for an input that is no picture.
+        `ValueError`: if `size` has another form, a list is empty, a string is not an image, or an image is damaged.
+        `TypeError`: if an input is not an image.
     """
 
     size = {"longest_edge": 224}
@@ -179,7 +179,7 @@ class MMClfImageProcessor(TorchvisionBackend):
         return images
 
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs) -> torch.Tensor:
-        """Turn one picture into a tensor of shape (channels, height, width), a PIL image by way of [`to_rgb`]."""
+        """Turn one image into a tensor of shape (channels, height, width), a PIL image by way of [`to_rgb`]."""
         if isinstance(image, Image.Image):
             image, do_convert_rgb = to_rgb(image), False
         elif (

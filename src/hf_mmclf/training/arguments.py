@@ -7,15 +7,11 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import timm
-import torch
 from transformers import TrainingArguments
 
 from ..data.augmentation import AugmentationArguments
 from ..data.prepare import DataArguments
-from ..evaluation.report import FIGURES
-from ..evaluation.thresholds import check_objective
 from ..model.configuration_mmclf import MMClfConfig
-from .losses import MultiLabelLoss
 
 ARCHITECTURE = [field for field in dataclasses.fields(MMClfConfig) if field.metadata.get("flag")]
 
@@ -232,9 +228,6 @@ class MMClfTrainingArguments(TrainingArguments):
                 f"license is {self.license!r}; expected an identifier of the Hub such as mit, apache-2.0, cc-by-4.0, "
                 "or 'other' for a license that the Hub does not list"
             )
-        weights = (self.positive_weight_power, self.positive_weight_cap)
-        MultiLabelLoss(self.loss, torch.ones(1), 2, *weights, self.label_smoothing_factor)
-        check_objective(self.threshold_objective or "micro", self.threshold_beta, self.threshold_precision)
         if self.threshold_shrinkage < 0 and self.threshold_shrinkage != -1:
             raise ValueError(
                 f"threshold_shrinkage is {self.threshold_shrinkage}; expected at least 0, or -1 for cross-validation"
@@ -243,9 +236,6 @@ class MMClfTrainingArguments(TrainingArguments):
             raise ValueError(f"cached_views is {self.cached_views}; expected at least 1")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be off: the transforms read columns that the model does not")
-        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
-        if self.load_best_model_at_end and metric not in FIGURES:
-            raise ValueError(f"metric_for_best_model is {metric!r}; expected one of {', '.join(FIGURES)}")
 
     @property
     def counts_labels(self) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoConfig, BertConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -13,12 +14,15 @@ from ..data.collator import Preprocessing
 from ..data.prepare import DataArguments, PreparedData, prepare_data, presence
 from ..data.streaming import Stream, open_stream
 from ..data.tokenizer import load_tokenizer
+from ..evaluation.report import FIGURES
+from ..evaluation.thresholds import check_objective
 from ..model.configuration_mmclf import MMClfConfig
 from ..model.image_processing_mmclf import MMClfImageProcessor
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from ..model.processing_mmclf import MMClfProcessor
 from ..presets import config_from_preset
 from .arguments import ARCHITECTURE, MMClfTrainingArguments, ModelArguments
+from .losses import MultiLabelLoss
 
 logger = logging.get_logger(__name__)
 
@@ -52,6 +56,16 @@ class TrainingInputs:
     preprocessing: Preprocessing
     tokenizer_source: str | None
     missing: dict[str, dict[str, int]]
+
+
+def check_arguments(args: MMClfTrainingArguments) -> None:
+    """Raise `ValueError` for a loss, a threshold objective or a metric that would fail only after training."""
+    weights = (args.positive_weight_power, args.positive_weight_cap)
+    MultiLabelLoss(args.loss, torch.ones(1), 2, *weights, args.label_smoothing_factor)
+    check_objective(args.threshold_objective or "micro", args.threshold_beta, args.threshold_precision)
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if args.load_best_model_at_end and metric not in FIGURES:
+        raise ValueError(f"metric_for_best_model is {metric!r}; expected one of {', '.join(FIGURES)}")
 
 
 def prepare_inputs(

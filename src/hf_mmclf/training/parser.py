@@ -25,6 +25,7 @@ from ..data.prepare import DataArguments
 from ..inference.predictor import machine_defaults
 from ..presets import get_preset
 from .arguments import Arguments, MMClfTrainingArguments, ModelArguments, did_you_mean
+from .inputs import check_arguments
 
 CLASSES = (ModelArguments, DataArguments, AugmentationArguments, MMClfTrainingArguments)
 
@@ -194,7 +195,12 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) 
         parser.hidden = ()
         parser.print_help()
         parser.exit()
-    return parser.parse(argv)[: len(CLASSES)]
+    *arguments, _ = parser.parse(argv)
+    try:
+        check_arguments(arguments[-1])
+    except ValueError as error:
+        parser.error(str(error))
+    return tuple(arguments)
 
 
 def _read_yaml(path: str, known: Mapping[str, dataclasses.Field]) -> dict[str, Any]:

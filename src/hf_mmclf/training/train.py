@@ -25,7 +25,7 @@ from ..inference.predictor import Predictor, atomic_folder, save_model
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from .arguments import MMClfTrainingArguments, ModelArguments
 from .feature_cache import FeatureCache
-from .inputs import TrainingInputs, build_config, build_model, prepare_inputs, settle_labels
+from .inputs import TrainingInputs, build_config, build_model, check_arguments, prepare_inputs, settle_labels
 from .losses import MultiLabelLoss
 from .record import Outcomes, Results, run_record, write_records
 from .trainer import MMClfTrainer
@@ -299,6 +299,7 @@ def _print_summary(output: Path, results: Results, threshold: float) -> None:
 
 def _check_arguments(data_args: DataArguments, args: MMClfTrainingArguments) -> None:
     """Check arguments of several classes together: a stream has no known number of rows."""
+    check_arguments(args)
     if not data_args.streaming:
         return
     if args.max_steps <= 0:
