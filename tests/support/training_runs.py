@@ -15,8 +15,12 @@ TINY = ["--image_size", "32", "--vocab_size", "80", "--dataloader_num_workers", 
 TINY += ["--dataloader_persistent_workers", "false", "--disable_tqdm", "true"]
 
 
-def write_table(folder: Path, rows: int = 60, captions: bool = True, pictures: bool = True) -> Path:
-    """Pictures of one colour, captions that name an animal: half of the labels are seen, half are read."""
+def write_table(folder: Path, rows: int = 60, complete: bool = True) -> Path:
+    """
+    Write a table and its images: the image shows the colour label, the text names the animal label.
+
+    Unless it is `complete`, each third row has no text, each fourth has no image, and rows without both are left out.
+    """
     rng = np.random.default_rng(0)
     (folder / "pictures").mkdir(parents=True)
     table = folder / "table.csv"
@@ -25,11 +29,12 @@ def write_table(folder: Path, rows: int = 60, captions: bool = True, pictures: b
         writer.writerow(["file", "words", "tags"])
         for row in range(rows):
             colour, animal = rng.choice(list(COLOURS)), rng.choice(["cat", "dog"])
-            # no two alike: equal scores would be ranked by rounding, which differs with the batch
+            # All images differ: equal scores would be ranked by rounding errors, which depend on the batch.
             shade = np.clip(COLOURS[colour] + rng.integers(-35, 36, 3), 0, 255).tolist()
             Image.new("RGB", (40, 30), tuple(shade)).save(folder / "pictures" / f"{row}.png")
-            caption = f"a small {animal} sits there" if captions or row % 3 else ""
-            writer.writerow([f"{row}.png" if pictures or row % 4 else "", caption, f"{colour}|{animal}"])
+            text = f"a small {animal} sits there" if complete or row % 3 else ""
+            if complete or row % 12:
+                writer.writerow([f"{row}.png" if complete or row % 4 else "", text, f"{colour}|{animal}"])
     return table
 
 
@@ -43,7 +48,7 @@ TWO_PROCESSES += ["--dynamo_backend", "no"]
 
 
 def launch(*flags: str, options: list[str] = ()) -> subprocess.Popen:
-    """examples/train.py by itself or, with `options`, under accelerate's launcher."""
+    """Start examples/train.py by itself or, with `options`, under accelerate's launcher."""
     launcher = ["-m", "accelerate.commands.launch", *options] if options else []
     command = [sys.executable, *launcher, str(ROOT / "examples" / "train.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,8 +1,5 @@
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -188,38 +185,23 @@ def test_images_in_the_table_are_told_apart_by_their_bytes(make, rows, folder):
     assert cache.computed == 6
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = [sys.argv[1]]
-from hf_mmclf.training import feature_cache
-from hf_mmclf import parse_arguments, train
-feature_cache.SHARD, run, calls = 10, feature_cache.FeatureCache._features, []
+def test_an_interrupted_run_leaves_complete_shards(make, rows, folder, monkeypatch):
+    monkeypatch.setattr(feature_cache, "SHARD", 3)
+    cache = make()
+    run, calls = cache._features, []
 
-def dies(self, batch):
-    calls.append(batch)
-    if len(calls) == 8:  # one for the shapes, then two batches a shard: in the middle of the fourth
-        os.kill(os.getpid(), signal.SIGKILL)
-    return run(self, batch)
+    def dies(batch):
+        calls.append(batch)
+        if len(calls) == 6:  # two batches a shard: in the middle of the third
+            raise KeyboardInterrupt
+        return run(batch)
 
-feature_cache.FeatureCache._features = dies
-train(*parse_arguments(sys.argv[2:]))
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_run_leaves_complete_shards(tmp_path, capsys, monkeypatch):
-    table = write_table(tmp_path / "table")
-    flags = [*run_flags(table, tmp_path / "m", tmp_path / "cache"), "--per_device_eval_batch_size", "5"]
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parents[1]), *flags]
-    died = subprocess.run(command, capture_output=True, text=True)
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    monkeypatch.setattr(feature_cache, "SHARD", 10)
-    computed, run = [], FeatureCache._features
-    monkeypatch.setattr(FeatureCache, "_features", lambda self, batch: computed.append(batch) or run(self, batch))
-    train(*parse_arguments(flags))
-    assert "are reused" in capsys.readouterr().err
-    rows = sum(len(batch["labels"]) for batch in computed if "labels" in batch)
-    assert rows == 4 * 48 + 6 - 30  # four views and the validation rows, without the three complete shards
+    cache._features = dies
+    with pytest.raises(KeyboardInterrupt):
+        compute(cache, rows, folder, AUGMENTED, views=2)
+    again = make()
+    compute(again, rows, folder, AUGMENTED, views=2)
+    assert again.computed == 12 - 6
 
 
 def test_a_disk_that_is_too_small_is_refused(make, rows, folder, monkeypatch):

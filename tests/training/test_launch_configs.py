@@ -1,14 +1,11 @@
-"""The launch files for accelerate, and the README's commands for them; two CPU processes stand in for machines."""
+"""The launch files for accelerate, and the README's commands that use them."""
 
-import json
 import re
-import socket
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from support.training_runs import launch, table_flags, write_table
 
 from hf_mmclf import parse_arguments
 
@@ -39,22 +36,3 @@ def test_launch_file_loads_and_the_readme_has_its_command(name, kind, machines, 
 
 def test_every_launch_file_is_in_the_readme():
     assert all(any(f"/{file.name} " in line for line in COMMANDS) for file in CONFIGS.iterdir())
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@pytest.mark.slow
-def test_two_machines_of_one_process_each_train_one_model(tmp_path):
-    """The file's own rendezvous, with one CPU process in place of each machine's eight GPUs."""
-    flags = [*table_flags(write_table(tmp_path / "table")), "--output_dir", str(tmp_path / "m"), "--use_cpu"]
-    options = ["--config_file", str(CONFIGS / "two_machines.yaml"), "--num_processes", "2"]
-    options += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    machines = [launch(*flags, "--max_steps", "2", options=[*options, "--machine_rank", rank]) for rank in ("0", "1")]
-    outputs = [machine.communicate(timeout=300)[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], outputs
-    assert ["Output folder:" in output for output in outputs] == [True, False]
-    assert json.loads((tmp_path / "m" / "training.json").read_text())["processes"] == 2

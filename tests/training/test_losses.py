@@ -83,6 +83,19 @@ def test_positive_weights_follow_frequencies_up_to_the_cap():
         assert torch.equal(gradients[0][0, [0, 1, 3, 4]], gradients[1][0, [0, 1, 3, 4]])
 
 
+@pytest.mark.parametrize("name", ["bce", "distribution_balanced"])
+def test_frequencies_are_those_of_the_known_rows(name):
+    logits, labels = draw()
+    known = torch.tensor([50, 40, 100, 10, 5])
+    shares = torch.tensor([0.4, 0.5, 0.04, 0.1, 0.2])
+    found = MultiLabelLoss(name, shares * known, known, power=0.5)(logits, labels)
+    assert found.item() == pytest.approx(MultiLabelLoss(name, shares * 100, 100, power=0.5)(logits, labels).item())
+
+
+def test_a_label_that_all_rows_have_still_trains():
+    assert MultiLabelLoss("bce", torch.tensor([8.0]), 8, power=1.0).positive_weights.item() == 1 / 8
+
+
 def test_rare_labels_weigh_more_in_the_balanced_loss():
     loss, labels = loss_of("distribution_balanced"), torch.eye(5)[:3]
     x = torch.zeros(3, 5, requires_grad=True)

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from hf_mmclf import PRESETS, AugmentationArguments, parse_arguments
 from hf_mmclf.inference.predictor import machine_defaults
-from hf_mmclf.training.parser import CLASSES
+from hf_mmclf.training.parser import CLASSES, CommandParser
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -222,7 +222,7 @@ def test_help_is_short_and_says_what_holds(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_arguments(["--help", "--preset", "demo-text"], prog="train")
     text = capsys.readouterr().out
-    assert caught.value.code == 0 and len(text.splitlines()) < 260
+    assert caught.value.code == 0 and len(text.splitlines()) < 280
     for name in (
         "output_dir",
         "learning_rate",
@@ -257,3 +257,33 @@ def test_help_all_lists_everything(flag, capsys):
     assert caught.value.code == 0
     missing = [field.name for field in dataclasses.fields(TrainingArguments) if f"--{field.name}" not in text]
     assert not missing
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_own_flag_is_documented(kind):
+    own = {
+        name
+        for base in kind.__mro__
+        if base is not TrainingArguments
+        for name in vars(base).get("__annotations__", {})
+    }
+    parser = CommandParser([kind], prog="x")
+    texts = " ".join(parser.format_help().split())
+    assert len(own) > 5
+    for name in own:
+        following = texts.partition(f" --{name} ")[2].split(" --")[0].split(" ", 1)
+        assert len(following) == 2 and len(following[1].split()) > 2, name
+
+
+def test_arguments_without_a_dataclass(capsys):
+    parser = CommandParser(prog="x", usage="x FOLDER", description="Do something.")
+    parser.add_argument("folder", help="The folder.")
+    parser.add_argument("--large-batch", "--large_batch", type=int, default=3, metavar="N", help="How many.")
+    (values,) = parser.parse(["here", "--large_batch", "4"])
+    assert (values.folder, values.large_batch) == ("here", 4)
+    lines = parser.format_help().splitlines()
+    assert "  folder                The folder." in lines
+    assert "  --large_batch N       How many. (default: 3)" in lines
+    with pytest.raises(SystemExit):
+        parser.parse(["here", "--large_bath", "4"])
+    assert "did you mean '--large_batch'?" in capsys.readouterr().err

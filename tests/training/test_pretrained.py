@@ -61,7 +61,7 @@ def vocabulary():
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Folder and state by name of the repository."""
+    """Make the folder and the weights of each repository, by its name."""
     made = {}
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("densenet")
@@ -196,7 +196,7 @@ def test_timms_weights_are_no_pickle_either(here, checkpoints, tmp_path):
 
 
 def write_table(folder):
-    """Pictures of one colour; captions that say it, and an animal."""
+    """Write images of one colour, with texts that name the colour and an animal."""
     lines = ["ImageID,Labels,Caption"]
     for row in range(16):
         colour, animal = ("red", "blue")[row % 2], ("dog", "cat")[row // 2 % 2]

@@ -1,12 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 
-from hf_mmclf import MMClfForImageTextClassification, ModelArguments, parse_arguments, train
+from hf_mmclf import MMClfForImageTextClassification, ModelArguments, parse_arguments
 from hf_mmclf.presets import config_from_preset
-from hf_mmclf.training import inputs
-from hf_mmclf.training import record as records
-from hf_mmclf.training import train as training
-
-TINY = ["--image_size", "32", "--vocab_size", "80", "--disable_tqdm", "true", "--dataloader_num_workers", "0"]
+from hf_mmclf.training.record import _sources, base_models
 
 
 @pytest.mark.parametrize(
@@ -21,19 +19,21 @@ TINY = ["--image_size", "32", "--vocab_size", "80", "--disable_tqdm", "true", "-
 )
 def test_base_models_are_those_that_came_from_the_hub(changes, expected):
     model = MMClfForImageTextClassification(config_from_preset("demo", text_backbone="someone/encoder", num_labels=2))
-    assert records.base_models(ModelArguments(**changes), model) == expected
+    assert base_models(ModelArguments(**changes), model) == expected
 
 
 @pytest.mark.parametrize(
-    "flags, expected",
-    [([], "mit"), (["--license", "cc-by-4.0"], "cc-by-4.0"), (["--from_scratch", "false"], "unknown")],
+    "flags, license, data, datasets",
+    [
+        ([], "mit", ["the embedded data set"], []),
+        (["--license", "cc-by-4.0"], "cc-by-4.0", ["the embedded data set"], []),
+        (["--from_scratch", "false"], "unknown", ["the embedded data set"], []),
+        (["--data", "someone/animals"], "unknown", ["someone/animals"], ["someone/animals"]),
+        (["--data", __file__], "unknown", ["test_record.py"], []),
+    ],
 )
-def test_licence_of_the_card(flags, expected, tmp_path, monkeypatch):
-    """A model is ours to license only if it knows nothing but the embedded data set."""
-    written = {}
-    monkeypatch.setattr(records, "base_models", lambda args, model: [] if args.from_scratch else ["timm/some"])
-    monkeypatch.setattr(training, "write_records", lambda *args: written.update(args[3]))
-    monkeypatch.setattr(inputs, "build_model", lambda config, *_: MMClfForImageTextClassification(config))
-    flags = ["--demo_rows", "60", "--preset", "demo-image", "--max_steps", "1", *TINY, *flags]
-    train(*parse_arguments([*flags, "--output_dir", str(tmp_path / "m")]))
-    assert written["license"] == expected and written["data"] == ["the embedded data set"]
+def test_the_license_depends_on_data_and_weights(flags, license, data, datasets):
+    """A model has our license only if nothing but the embedded data set is in it."""
+    model = MMClfForImageTextClassification(config_from_preset("demo-image", num_labels=2))
+    said = _sources(parse_arguments(["--preset", "demo-image", *flags]), SimpleNamespace(model=model))
+    assert (said["license"], said["data"], said["datasets"]) == (license, data, datasets)

@@ -85,7 +85,8 @@ class MultiLabelLoss(nn.Module):
                 raise ValueError(f"the loss {name!r} with these weights needs `positives` and `rows`")
             rows = torch.as_tensor(rows).expand_as(positives)
             if power:
-                weights = (((rows - positives) / positives.clamp(min=1)) ** power).clamp(max=cap)
+                negatives = (rows - positives).clamp(min=1)
+                weights = ((negatives / positives.clamp(min=1)) ** power).clamp(max=cap)
             if name == "distribution_balanced":  # it has one number of rows for all labels
                 most = int(rows.max())
                 options = {"class_counts": positives / rows.clamp(min=1) * most, "num_samples": most}

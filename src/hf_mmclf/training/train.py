@@ -69,7 +69,7 @@ def train(
 
     >>> output = f"{tempfile.mkdtemp()}/model"
     >>> flags = ["--preset", "demo-text", "--demo_rows", "60", "--max_steps", "2", "--output_dir", output]
-    >>> folder = train(*parse_arguments(flags))  # logs, then prints the report
+    >>> folder = train(*parse_arguments(flags))  # doctest: +ELLIPSIS
     {'loss': ...
     >>> (folder / "model.safetensors").is_file()
     True
