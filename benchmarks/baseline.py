@@ -1,9 +1,9 @@
-"""The loop that people write by hand, in plain PyTorch: what this package's speed is measured against.
+"""The loop that people write by hand, in plain PyTorch: the baseline of the speed measurements.
 
-The way the poster's kind of code does it: images augmented by PIL at full size and only then made small, texts
-padded to one constant length (the characters of the longest), frozen parameters that merely do not ask for a gradient
-while BatchNorm stays in training mode, two loader workers, fp32, the default memory format, plain AdamW. It knows
-nothing of the package; a row is a mapping with `image` (file name), `text` and `labels` (multi-hot).
+It works like the poster's code: PIL augments the images at full size and resizes them afterwards, texts are padded to
+one constant length (the characters of the longest), frozen parameters have no gradient but BatchNorm stays in training
+mode, and there are two loader workers, fp32, the default memory format and plain AdamW. It does not use the package. A
+row is a mapping with `image` (file name), `text` and `labels` (multi-hot).
 """
 
 import copy
@@ -30,7 +30,7 @@ def augmentation(
     rotation: float,
     color_jitter: float,
 ) -> transforms.Compose:
-    """The poster's steps in the poster's order; the strengths are named as in `hf_mmclf.AugmentationArguments`."""
+    """Return the poster's steps in its order. The arguments are named as in `hf_mmclf.AugmentationArguments`."""
     bicubic = transforms.InterpolationMode.BICUBIC
     return transforms.Compose(
         [
@@ -48,7 +48,7 @@ def augmentation(
 
 
 def swap_words(text: str, probability: float) -> str:
-    """Each word changes places with another one with this probability."""
+    """Swap each word with a random one, with this probability."""
     words = text.split()
     for i in range(len(words)):
         if random.random() < probability:
@@ -58,7 +58,7 @@ def swap_words(text: str, probability: float) -> str:
 
 
 class ImageTextRows(Dataset):
-    """Rows as tensors, one at a time, texts padded to the character count of the longest."""
+    """Rows as tensors, one at a time. Texts are padded to the number of characters of the longest."""
 
     def __init__(
         self,
@@ -93,12 +93,12 @@ class ImageTextRows(Dataset):
 
 
 def loader(dataset: Dataset, batch_size: int, workers: int = 2) -> DataLoader:
-    """Shuffled batches."""
+    """Return a loader of shuffled batches."""
     return DataLoader(dataset, batch_size, shuffle=True, num_workers=workers)
 
 
 def frozen_by_hand(model: nn.Module) -> nn.Module:
-    """`model` as people freeze it: the same weights and flags, but every part in the graph and in training mode."""
+    """Copy a model and freeze it as people do: every part stays in the graph and in training mode."""
     config = copy.deepcopy(model.config)
     config.unfrozen_image_stages = config.unfrozen_text_layers = None
     plain = type(model)(config)
@@ -110,7 +110,7 @@ def frozen_by_hand(model: nn.Module) -> nn.Module:
 
 
 def train(model: nn.Module, batches: DataLoader, learning_rate: float = 1e-4) -> Iterator[float]:
-    """One epoch; yields the loss after each step."""
+    """Train one epoch and yield the loss after each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     criterion = nn.BCEWithLogitsLoss()
     model.train()

@@ -1,14 +1,14 @@
-"""Do explanations point at what carries a label? The generator of the embedded data set knows what does.
+"""Do explanations point at the evidence of a label? The generator of the embedded data set knows the evidence.
 
     python benchmarks/explanations.py [--model outputs/demo] [--rows 3000] [--epochs 10]
 
-For each label that a model predicts and that is right, on the test rows: does the strongest pixel of the heat map lie
-in a box that the generator has drawn the label in, is the strongest word one that it has written it with, and does the
-score fall more without the picture than without the caption? Beside it stands what chance would reach (a random pixel,
-a random word) and what the explanations of other rows reach on this one, in their order.
+It looks at each correct label that a model predicts on the test rows. Is the strongest pixel of the heat map in a box
+in which the generator has drawn the label? Is the strongest word one that the generator has written for the label?
+Does the score fall more without the image than without the text? The table also has the hit rates of chance (a random
+pixel, a random word) and of the explanation of another row.
 
-Not asked about are labels whose evidence is hidden by paper or left out of a vague note, and "striped", whose box is
-the whole picture.
+Labels are left out if paper hides their evidence or if a vague note does not mention it. So is the image evidence of
+"striped", whose box is the whole image.
 """
 
 import argparse
@@ -30,15 +30,15 @@ KINDS = {"image": "seen", "text": "read", "both": "seen and read"}
 
 
 def area(boxes: Sequence[Sequence[int]], size: tuple[int, int]) -> np.ndarray:
-    """Which pixels lie in a box: (height, width)."""
+    """Return a mask of the pixels inside a box, of shape `(height, width)`."""
     inside = np.zeros(size, dtype=bool)
     for left, top, right, bottom in boxes:
         inside[top:bottom, left:right] = True
     return inside
 
 
-def questions(finished: Predictor, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list]:
-    """For each kind of label and part of a row: the strongest place there, and which places are right."""
+def questions(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list]:
+    """Return the strongest place and a mask of the correct places, by kind of label and part of a row."""
     asked = defaultdict(list)
     for row in rows:
         for evidence in row["evidence"]:
@@ -46,7 +46,7 @@ def questions(finished: Predictor, rows: Sequence[dict[str, Any]]) -> dict[tuple
             boxes = [] if label == "striped" else boxes
             if not (boxes or words):
                 continue
-            found = explain(finished, image=row["image"], text=row["text"], label=label)
+            found = explain(predictor, image=row["image"], text=row["text"], label=label)
             if found.score < found.threshold:
                 continue
             kind = KINDS[DEMO_LABELS[label]]
@@ -64,6 +64,7 @@ def questions(finished: Predictor, rows: Sequence[dict[str, Any]]) -> dict[tuple
 
 
 def hit_rates(asked: dict[tuple[str, str], list]) -> list[dict[str, Any]]:
+    """Return one table row for each kind of label and part of a row."""
     table = []
     for (kind, part), cases in sorted(asked.items()):
         hits = sum(right[place] for place, right in cases)
@@ -87,9 +88,11 @@ def hit_rates(asked: dict[tuple[str, str], list]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="Folder of a model of the embedded data set (default: trains one).")
-    parser.add_argument("--rows", type=int, default=3000, help="Rows it was drawn with (default: %(default)s).")
-    parser.add_argument("--epochs", type=int, help="Epochs of training (default: the preset's).")
+    parser.add_argument("--model", help="Folder of a model of the embedded data set (default: train one).")
+    parser.add_argument(
+        "--rows", type=int, default=3000, help="Number of rows of its data set (default: %(default)s)."
+    )
+    parser.add_argument("--epochs", type=int, help="Number of training epochs (default: the preset's).")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model
@@ -97,8 +100,8 @@ def main() -> None:
             flags = ["--preset", "demo", "--demo_rows", str(options.rows), "--output_dir", f"{scratch}/model"]
             flags += ["--num_train_epochs", str(options.epochs)] if options.epochs else []
             folder = train(*parse_arguments(flags))
-        finished = Predictor.load(Path(folder))
-    print("\n" + format_table(hit_rates(questions(finished, demo_dataset(options.rows)["test"]))))
+        predictor = Predictor.load(Path(folder))
+    print("\n" + format_table(hit_rates(questions(predictor, demo_dataset(options.rows)["test"]))))
 
 
 if __name__ == "__main__":

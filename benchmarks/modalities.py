@@ -1,9 +1,10 @@
-"""Is a picture with its caption worth more than either? Three small models on the embedded data set.
+"""Is an image with its text better than either of them? Three small models on the embedded data set.
 
     python benchmarks/modalities.py [--seeds 3] [--epochs 12]
 
-Prints the micro-F1 on the test rows of the image-only, the text-only and the fused model, each beside what the
-generator of the data says is possible for a reader who sees just that; by what a label takes, and over all labels.
+Prints the micro-F1 on the test rows of the image-only, the text-only and the fused model, over all labels and by the
+modality that a label needs. `possible` is the F1 of an ideal model with the same modalities: the generator of the data
+knows it.
 """
 
 import argparse
@@ -26,18 +27,18 @@ MODELS = {"demo-image": "image", "demo-text": "text", "demo": "both"}
 
 
 def possible_f1(rows: Dataset, modality: str) -> float:
-    """The micro-F1 of the exact probabilities, given all that the modality ("image", "text" or "both") shows."""
+    """Compute the micro-F1 of the exact probabilities given the modality (`"image"`, `"text"` or `"both"`)."""
     chances = [row[modality] for row in rows["chances"]]
     references = [[label in labels for label in DEMO_LABELS] for labels in rows["labels"]]
     return multi_label_metrics(chances, references, best_threshold(chances, references))["f1"]
 
 
 def test_f1(folder: Path) -> dict[str, float]:
-    """Micro-F1 on the test rows, over all labels and over those that take the same to know."""
-    finished = Predictor.load(folder)
-    prepared = finished.prepare(DataArguments())
-    rows, config = prepared.splits["test"], finished.model.config
-    hits = finished.scores(rows, prepared.folder) >= np.array(config.thresholds)
+    """Compute the micro-F1 on the test rows, over all labels and over those that need the same modality."""
+    predictor = Predictor.load(folder)
+    prepared = predictor.prepare(DataArguments())
+    rows, config = prepared.splits["test"], predictor.model.config
+    hits = config.decide(predictor.scores(rows, prepared.folder))
     references = np.array(rows["labels"], dtype=bool)
     kinds = np.array([DEMO_LABELS[label] for label in config.label_ids])
     figures = {"all": f1_score(references, hits, average="micro")}
@@ -48,8 +49,10 @@ def test_f1(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=1, help="Trainings of each model (default: %(default)s).")
-    parser.add_argument("--epochs", type=int, help="Epochs of each (default: the preset's).")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="Number of training runs of each model (default: %(default)s)."
+    )
+    parser.add_argument("--epochs", type=int, help="Number of epochs of each run (default: the preset's).")
     options = parser.parse_args()
     test, table = demo_dataset()["test"], []
     for preset, modality in MODELS.items():

@@ -1,17 +1,17 @@
-"""What the presets reach and what thresholds are worth, over seeds and with spread.
+"""How good the presets and the ways to fit thresholds are, over several seeds.
 
     python benchmarks/quality.py WHAT [--seeds 3] [--presets NAME ...] [--output table.md]
 
 WHAT is one of
 
-    captions    text only, on real captions (`../shared/data/captions`; without them there is nothing to measure):
-                TF-IDF with logistic regression and the text presets from random weights, split 80/10/10 by the seed
-    fusion      the embedded data set: each modality alone, every fusion of the poster, ours; all with the same
-                backbones from random weights and for the same number of epochs
-    thresholds  how much of a threshold's validation F1 is left on other rows: plain search by label, shrunk, global
+    captions    text only, on real texts (`../shared/data/captions`, skipped if that does not exist): TF-IDF with
+                logistic regression and the text presets with random weights, split 80/10/10 by the seed
+    fusion      the embedded data set: each modality alone, every fusion of the poster, and ours; all with the same
+                backbones with random weights and for the same number of epochs
+    thresholds  how much of a threshold's F1 is left on other rows: plain search by label, shrunk, global
     all         each of these
 
-Thresholds are fitted on validation rows, all figures are of test rows: mean, lowest and highest over the seeds.
+Thresholds are fitted on validation rows. All figures are of test rows: mean, lowest and highest over the seeds.
 """
 
 import argparse
@@ -45,8 +45,7 @@ from hf_mmclf.evaluation.report import format_table
 
 CAPTIONS = Path(__file__).parents[2] / "shared" / "data" / "captions" / "train.csv"
 TEXT_PRESETS = ("captions", "bert-tiny")
-# The fusions of the poster's twelve multimodal systems: where they differ in backbones and freezing alone, these are
-# made equal here, and twelve are five.
+# The fusions of the poster's twelve multimodal systems. They are five, because backbones and freezing are equal here.
 POSTER = {
     name: f"{flags} --image_tokens pooled"
     for name, flags in {
@@ -76,18 +75,18 @@ def macro(scored: Scored, thresholds: Any) -> float:
 
 
 def trained(flags: list[str], data: DataArguments, changes: tuple[Callable[[Dataset], Dataset], ...] = ()) -> dict:
-    """Validation and test rows scored by a model trained as the flags say, and the test rows changed in some ways."""
+    """Train a model with these flags, then score validation rows, test rows and changed test rows."""
     with tempfile.TemporaryDirectory() as scratch:
         began = time.perf_counter()
         folder = train(*parse_arguments([*flags, "--output_dir", f"{scratch}/model", "--disable_tqdm", "true"]))
         minutes = (time.perf_counter() - began) / 60
-        finished = Predictor.load(folder)
-        config = finished.model.config
+        predictor = Predictor.load(folder)
+        config = predictor.model.config
         found = prepare_data(data, config.has_image, config.has_text).splits
         megabytes = (folder / "model.safetensors").stat().st_size / 2**20
 
         def scored(rows: Dataset) -> Scored:
-            return finished.scores(rows, Path(data.image_dir or ".")), np.array(rows["labels"])
+            return predictor.scores(rows, Path(data.image_dir or ".")), np.array(rows["labels"])
 
         result = {"minutes": minutes, "megabytes": megabytes, "config": config}
         result |= {name: scored(found[name]) for name in ("validation", "test")}
@@ -95,7 +94,7 @@ def trained(flags: list[str], data: DataArguments, changes: tuple[Callable[[Data
 
 
 def tf_idf(data: DataArguments) -> dict:
-    """The linear model on words and pairs of words that every text model has to beat."""
+    """Train the baseline of the text models: a linear model on words and pairs of words."""
     began = time.perf_counter()
     splits = prepare_data(data, uses_image=False).splits
     vectors = TfidfVectorizer(sublinear_tf=True, min_df=2)
@@ -110,7 +109,7 @@ def tf_idf(data: DataArguments) -> dict:
 
 def captions(options: argparse.Namespace) -> list[dict]:
     if not CAPTIONS.is_file():
-        print(f"captions: skipped, no {CAPTIONS.name} beside the project")
+        print(f"captions: skipped, {CAPTIONS.parent.name}/{CAPTIONS.name} does not exist")
         return []
     presets = options.presets or TEXT_PRESETS
     runs: dict[str, list[dict]] = {name: [] for name in ("TF-IDF, logistic regression", *presets)}
@@ -164,7 +163,7 @@ def fused(name: str, flags: str, seed: int) -> dict:
 
 
 def fusion_lines(runs: dict[str, list[dict]]) -> list[dict]:
-    """The table of [`fusion`]. Models with both modalities are also given the images and the texts alone."""
+    """Return the table of [`fusion`]. Models with both modalities are also scored on images and on texts alone."""
     test = demo_dataset()["test"]
 
     def values(name: str, what: Callable[[dict], Scored], **present: bool) -> list[float]:
@@ -195,7 +194,7 @@ def fusion_lines(runs: dict[str, list[dict]]) -> list[dict]:
 
 
 def thresholds(options: argparse.Namespace) -> list[dict]:
-    """200 times: thresholds of 500 rows, their macro-F1 over labels of less than 5 % there and on all other rows."""
+    """Fit thresholds on 500 rows, 200 times: macro-F1 of rare labels (below 5 %) on them and on all other rows."""
     data = DataArguments(data=str(CAPTIONS)) if CAPTIONS.is_file() else DataArguments(demo_rows=10_000)
     runs = tf_idf(data)
     scores, references = (np.concatenate(parts) for parts in zip(runs["validation"], runs["test"], strict=True))
@@ -232,8 +231,8 @@ BENCHMARKS = {"captions": captions, "fusion": fusion, "thresholds": thresholds}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=[*BENCHMARKS, "all"], help="What to measure.")
-    parser.add_argument("--seeds", type=int, default=3, help="Runs of each model (default: %(default)s).")
-    parser.add_argument("--presets", nargs="+", help=f"Of captions (default: {' '.join(TEXT_PRESETS)}).")
+    parser.add_argument("--seeds", type=int, default=3, help="Number of runs of each model (default: %(default)s).")
+    parser.add_argument("--presets", nargs="+", help=f"Text presets to measure (default: {' '.join(TEXT_PRESETS)}).")
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to.")
     options = parser.parse_args()
     texts = []

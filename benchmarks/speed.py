@@ -1,25 +1,25 @@
-"""How fast, against the loop people write by hand (`baseline.py`) and against the bare model.
+"""How fast, compared with the loop that people write by hand (`baseline.py`) and with the bare model.
 
     python benchmarks/speed.py WHAT [--rounds 3] [--steps N] [--preset NAME] [--rows N] [--bf16]
 
 WHAT is one of
 
     training    JPEG to optimizer step, against the baseline and against the same step on tensors in memory
-    frozen      the same where both backbones are frozen (densitybert), first epoch
-    cached      ten epochs of densitybert with the feature cache, computing it included, against ten of the baseline
+    frozen      the same with two frozen backbones (densitybert), first epoch
+    cached      ten epochs of densitybert with the feature cache, its computation included, against ten of the baseline
     processes   a step of two processes, against one process with the same global batch
-    loading     training rows a second and core, against the baseline's
+    loading     training rows per second and core, against the baseline's
     evaluation  `Predictor.scores` from files, against the bare forward pass
     pipeline    `pipeline` on a list of files, against the bare forward pass
     memory      peak memory of a training process, against the baseline's, also with activation checkpointing
-    growth      seconds a row with a table of 10,000 rows, against one of 1,000
-    startup     a table of 1,000,000 rows read, checked, encoded and split: seconds and memory
+    growth      rows per second with a table of 10,000 rows, against one of 1,000
+    startup     a table of 1,000,000 rows is read, checked, encoded and split: seconds and memory
     all         each of these in a process of its own
 
-What is compared takes turns, --rounds times; the ratio is the median over the rounds, with the smallest and largest.
-Everything runs on the CPU, in batches of 16, from 640 px JPEGs: `../shared/data/coco301` where that is, else drawn.
-"Bare" is the fastest eager way: channels-last, tensors in memory, fused AdamW. --bf16 trains ours and the bare model
-(not the baseline) in autocast bfloat16, which pays on CPUs with instructions for it (avx512_bf16, amx_bf16).
+The runs that are compared take turns, --rounds times. The ratio is the median over the rounds, with the smallest and
+largest. The bare model is the fastest one in eager mode: channels-last, tensors in memory, fused AdamW. --bf16 trains
+ours and the bare model (not the baseline) in autocast bfloat16, which is faster on CPUs with instructions for it
+(avx512_bf16, amx_bf16). See `workload.py` for what runs.
 """
 
 import argparse
@@ -48,11 +48,11 @@ from workload import BATCH, Workload, image_rows
 from hf_mmclf.data.prepare import DataArguments, prepare_data
 from hf_mmclf.evaluation.report import format_table
 
-CACHED = 2_000  # rows of the table of which the features are cached
+CACHED = 2_000  # rows of the table whose features are cached
 
 
 def take_turns(rounds: int, **runs: Callable[[], float]) -> dict[str, list[float]]:
-    """The figure of each run in each round."""
+    """Measure each run in each round."""
     figures: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in [*runs.items()] * rounds:
         figures[name].append(run())
@@ -61,7 +61,7 @@ def take_turns(rounds: int, **runs: Callable[[], float]) -> dict[str, list[float
 
 
 def compare(figures: dict[str, list[float]], one: str, other: str, unit: str, target: str) -> dict[str, Any]:
-    """A line of a table: the medians of two runs and their ratio over the rounds."""
+    """Return a table row: the medians of two runs, and their ratio over the rounds."""
     ratios = [a / b for a, b in zip(figures[one], figures[other], strict=True)]
     line = {"compared": f"{one} : {other}".replace("_", " "), "unit": unit}
     line |= {"first": statistics.median(figures[one]), "second": statistics.median(figures[other])}
@@ -92,7 +92,7 @@ def loading(options: argparse.Namespace) -> list[dict]:
     def rate(loader: Iterable[dict[str, torch.Tensor]]) -> float:
         batches = iter(loader)
         next(batches)
-        began = time.process_time()  # of the processor: what a second of one core gives
+        began = time.process_time()  # CPU time, for rows per second of one core
         rows = sum(len(batch["labels"]) for batch in itertools.islice(batches, work.steps))
         return rows / (time.process_time() - began)
 
@@ -113,19 +113,13 @@ def processes(options: argparse.Namespace) -> list[dict]:
 
 
 def launched(preset: str, table: Path, folder: Path, count: int) -> float:
-    """Rows a second of an epoch in so many processes, which share the batch and the cores."""
+    """Rows per second of an epoch in `count` processes, which share the batch and the cores."""
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     with tempfile.TemporaryDirectory() as scratch:
-        # --multi_gpu is accelerate's way to torchrun; its --cpu starts one process, whatever --num_processes says
-        command = ["accelerate", "launch", *(["--multi_gpu"] if count > 1 else ["--cpu"])]
-        command += [
-            "--num_processes",
-            str(count),
-            "--num_machines",
-            "1",
-            "--num_cpu_threads_per_process",
-            str(threads),
-        ]
+        # --multi_gpu makes accelerate use torchrun; --cpu starts one process, even with a larger --num_processes
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu" if count > 1 else "--cpu"]
+        command += ["--num_processes", str(count), "--num_machines", "1"]
+        command += ["--num_cpu_threads_per_process", str(threads)]
         command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "hf_mmclf.cli", "train"]
         command += ["--data", str(table), "--image_dir", str(folder), "--preset", preset, "--from_scratch"]
         command += ["--num_train_epochs", "1", "--per_device_train_batch_size", str(BATCH // count), "--use_cpu"]
@@ -157,9 +151,10 @@ def memory(options: argparse.Namespace) -> list[dict]:
 
 
 def peak_of_training(preset: str, steps: int, run: str, *flags: str) -> float:
+    """Measure the peak memory in MiB of a process that trains in one of the ways of [`Workload`]."""
     work = Workload(preset, steps, *flags)
     if run == "baseline":
-        work.plain_model, work.model = baseline.frozen_by_hand(work.model), None  # one model, as in ours
+        work.plain_model, work.model = baseline.frozen_by_hand(work.model), None  # a single model, as in ours
     getattr(work, run)()
     return peak_memory()
 
@@ -183,9 +178,9 @@ def startup(options: argparse.Namespace) -> list[dict]:
 
 
 def write_large_table(folder: Path, rows: int) -> Path:
-    """Rows that each name a picture of their own: 1,000 links to one file, in a folder with a name for each 1,000."""
+    """Write rows with different image names: folders that link to one, with 1,000 links to a single file."""
     source, drawn = image_rows(folder)
-    captions, draw = source["text"][:], random.Random(0)
+    texts, draw = source["text"][:], random.Random(0)
     real = folder / "0"
     real.mkdir()
     shutil.copy(drawn / source["image"][0], real / "0.jpg")
@@ -198,27 +193,27 @@ def write_large_table(folder: Path, rows: int) -> Path:
         writer.writerow(["ImageID", "Labels", "Caption"])
         for row in range(rows):
             labels = draw.sample(range(18), draw.randint(1, 3))
-            picture = f"{row // 1_000}/{row % 1_000}.jpg"
-            writer.writerow([picture, " ".join(map(str, labels)), captions[row % len(captions)]])
+            image = f"{row // 1_000}/{row % 1_000}.jpg"
+            writer.writerow([image, " ".join(map(str, labels)), texts[row % len(texts)]])
     return folder / "all.csv"
 
 
 def start(table: Path) -> tuple[float, float]:
-    """Seconds and further MiB that it takes until training could begin."""
+    """Measure the seconds and the additional MiB until training could begin."""
     before, began = peak_memory(), time.perf_counter()
     prepare_data(DataArguments(data=str(table)))
     return time.perf_counter() - began, peak_memory() - before
 
 
 def in_child(function: Callable, *args: Any) -> Any:
-    """What a function returns in a fresh process."""
+    """Call a function in a new process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def peak_memory() -> float:
-    """Largest resident memory that this process has had, in MiB (Linux)."""
-    # not ru_maxrss: what a child has of it starts at what its parent held
+    """Return the largest resident memory of this process so far, in MiB (Linux)."""
+    # ru_maxrss of a child starts at the memory of its parent
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
@@ -243,8 +238,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="Runs of each (default: %(default)s).")
     parser.add_argument("--steps", type=int, help="Measured steps of each run (default: 20; memory 5, growth 625).")
     parser.add_argument("--preset", help="Default: warmerdbert; frozen: densitybert; growth: demo.")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="Of the table of startup (default: %(default)s).")
-    parser.add_argument("--bf16", action="store_true", help="Of training, frozen and cached: ours in bfloat16.")
+    parser.add_argument(
+        "--rows", type=int, default=1_000_000, help="Rows of the table of startup (default: %(default)s)."
+    )
+    parser.add_argument("--bf16", action="store_true", help="Train ours in bfloat16 (training, frozen, cached).")
     options = parser.parse_args()
     options.precision = ["--bf16", "true", "--use_cpu", "true"] if options.bf16 else []
     if options.what == "all":

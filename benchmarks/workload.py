@@ -104,7 +104,7 @@ class Workload:
             "train_dataset": self.rows.with_transform(self.augmented),
             **options,
         }
-        trainer = MMClfTrainer(model or self.model, self.args, **options)
+        trainer = MMClfTrainer(self.model if model is None else model, self.args, **options)
         trainer.remove_callback(PrinterCallback)
         return trainer
 
