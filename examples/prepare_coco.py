@@ -1,11 +1,11 @@
-"""Make a data set like the competition's from COCO: pictures, one caption each, any of 18 labels.
+"""Make a data set like the competition's from COCO: images with one caption each and any of 18 labels.
 
     python examples/prepare_coco.py annotations train2017 --rows 30000 --output coco
     hf-mmclf train --data coco/train.csv --image_dir train2017 --label_names_file coco/labels.json
 
-`annotations` (in annotations_trainval2017.zip) and `train2017` (train2017.zip) are those of
-https://cocodataset.org/#download, unpacked; nothing is downloaded here. A picture's labels are the categories 1 to 19
-(there is no 12) of the objects in it, crowds too. Pictures with none of them, or without a caption, are left out.
+Nothing is downloaded: unpack `annotations` (annotations_trainval2017.zip) and `train2017` (train2017.zip) of
+https://cocodataset.org/#download first. The labels of an image are the categories 1 to 19 (there is no 12) of its
+objects, crowds included. Images with no such object or without a caption are left out.
 """
 
 import argparse
@@ -21,22 +21,22 @@ from typing import Any
 from tqdm.auto import tqdm
 
 CATEGORIES = [number for number in range(1, 20) if number != 12]
-# of COCO's keys; left out are above all the outlines, which would take three times the memory
+# The keys that are kept. The outlines, which are left out, would need three times the memory.
 KEYS = {"images", "annotations", "categories", "id", "name", "file_name", "image_id", "category_id", "caption"}
 
 
 def read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """COCO's lists `images`, `annotations` and, of objects, `categories`, with what is needed of each entry."""
+    """Read COCO's lists `images`, `annotations` and (for objects) `categories`, with `KEYS` only."""
 
     def needed(entry: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in entry.items() if key in KEYS}
 
-    print(f"Reading {path} ({path.stat().st_size / 2**20:,.0f} MB in one piece, which takes its time)", flush=True)
+    print(f"Reading {path} ({path.stat().st_size / 2**20:,.0f} MB in one piece, which takes a while)", flush=True)
     with path.open(encoding="utf-8") as file:
         try:
             content = json.load(file, object_hook=needed)
         except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}; is the download whole?") from None
+            raise ValueError(f"{path}: not JSON: {error}; is the download complete?") from None
     if not isinstance(content, dict) or not {"images", "annotations"} <= set(content):
         raise ValueError(f"{path}: expected COCO's object with the lists images and annotations")
     return content
@@ -44,11 +44,14 @@ def read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 def build_rows(objects: dict[str, Any], captions: dict[str, Any], seed: int | None = None) -> list[dict[str, str]]:
     """
-    The rows of all pictures with a caption and at least one of `CATEGORIES`, in the order of COCO's numbers.
+    Make rows of all images with a caption and at least one of `CATEGORIES`, in the order of COCO's ids.
 
     Args:
-        objects, captions (`dict`): See [`read_annotations`].
-        seed (`int`, *optional*): Draws one of a picture's captions; `None` takes the first that was written.
+        objects, captions (`dict`): Annotations from [`read_annotations`].
+        seed (`int`, *optional*): Seed that draws one of an image's captions. Defaults to the first caption.
+
+    Returns:
+        `list[dict[str, str]]`: The columns `ImageID`, `Labels` and `Caption`.
     """
     labels, texts = defaultdict(set), defaultdict(list)
     for annotation in tqdm(objects["annotations"], "objects", unit_scale=True):
@@ -62,7 +65,7 @@ def build_rows(objects: dict[str, Any], captions: dict[str, Any], seed: int | No
         number = image["id"]
         if number in labels and number in texts:
             written = [caption for _, caption in sorted(texts[number])]
-            # a generator for each picture: its caption does not depend on the others
+            # a generator for each image, so that its caption does not depend on other images
             caption = written[0] if seed is None else random.Random(f"{seed} {number}").choice(written)
             rows.append(
                 {
@@ -74,34 +77,34 @@ def build_rows(objects: dict[str, Any], captions: dict[str, Any], seed: int | No
     return rows
 
 
-def check_pictures(rows: Sequence[dict[str, str]], folder: Path) -> None:
-    """Raises `FileNotFoundError` with the number of pictures that are not there, and the first of them."""
-    missing = [row["ImageID"] for row in tqdm(rows, "pictures") if not (folder / row["ImageID"]).is_file()]
+def check_images(rows: Sequence[dict[str, str]], folder: Path) -> None:
+    """Raise `FileNotFoundError` if images are missing, with their number and the first names."""
+    missing = [row["ImageID"] for row in tqdm(rows, "images") if not (folder / row["ImageID"]).is_file()]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise FileNotFoundError(
-            f"{len(missing):,} of {len(rows):,} pictures are not in {folder} ({shown}); unpack the zip file of this "
-            "split, or name another folder"
+            f"{len(missing):,} of {len(rows):,} images are not in {folder} ({shown}); unpack the zip file of this "
+            "split, or give another folder"
         )
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Reads, samples, checks and writes; the output folder is there whole or not at all."""
+    """Read, sample, check and write the rows. The output folder is complete or does not exist."""
     if args.output.exists():
-        raise FileExistsError(f"{args.output} is there already; give another --output")
+        raise FileExistsError(f"{args.output} already exists; give another --output")
     objects = read_annotations(args.annotations / f"instances_{args.split}.json")
     names = {entry["id"]: entry["name"] for entry in objects.get("categories", ())}
-    if lacking := [number for number in CATEGORIES if number not in names]:
-        raise ValueError(f"instances_{args.split}.json: no names of the categories {lacking}; is it COCO's?")
+    if missing := [number for number in CATEGORIES if number not in names]:
+        raise ValueError(f"instances_{args.split}.json: no names of the categories {missing}; expected COCO's file")
     captions = read_annotations(args.annotations / f"captions_{args.split}.json")
     rows = build_rows(objects, captions, args.seed if args.random_caption else None)
-    print(f"{len(rows):,} of {len(objects['images']):,} pictures have a caption and some of the 18 labels")
+    print(f"{len(rows):,} of {len(objects['images']):,} images have a caption and at least one of the 18 labels")
     if args.rows is not None:
         if not 0 < args.rows <= len(rows):
             raise ValueError(f"--rows is {args.rows:,}; expected 1 to {len(rows):,}")
         chosen = sorted(random.Random(args.seed).sample(range(len(rows)), args.rows))
         rows = [rows[index] for index in chosen]
-    check_pictures(rows, args.images)
+    check_images(rows, args.images)
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent) as scratch:
@@ -126,12 +129,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("annotations", type=Path, help="folder with instances_SPLIT.json and captions_SPLIT.json")
-    parser.add_argument("images", type=Path, help="folder with the pictures, which stay where they are")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make for train.csv and labels.json")
-    parser.add_argument("--split", default="train2017", help="of COCO: train2017 or val2017 (default: %(default)s)")
-    parser.add_argument("--rows", type=int, help="so many pictures, drawn by chance (default: all)")
-    parser.add_argument("--random_caption", action="store_true", help="any of a picture's captions, not the first")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+    parser.add_argument("images", type=Path, help="folder with the images, which are not copied")
+    parser.add_argument("--output", type=Path, required=True, help="new folder for train.csv and labels.json")
+    parser.add_argument(
+        "--split", default="train2017", help="split of COCO: train2017 or val2017 (default: %(default)s)"
+    )
+    parser.add_argument("--rows", type=int, help="number of images, drawn at random (default: all)")
+    parser.add_argument("--random_caption", action="store_true", help="a random caption of each image, not the first")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choices (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         prepare(args)

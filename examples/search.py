@@ -1,12 +1,12 @@
 """Search for learning rates, weight decay and dropout with Optuna: `pip install 'hf_mmclf[search]'`.
 
     python examples/search.py --trials 20 --num_train_epochs 3        # on the embedded data set
-    python examples/search.py --trials 20 --preset warmerdbert --data train.csv --image_dir pictures
-    hf-mmclf train --config search.yaml --data train.csv --image_dir pictures
+    python examples/search.py --trials 20 --preset warmerdbert --data train.csv --image_dir images
+    hf-mmclf train --config search.yaml --data train.csv --image_dir images
 
-All flags but the two below are those of `hf-mmclf train`. A trial trains a new model and is judged by its last
-micro-F1 on the validation rows, at the threshold that suits it best; one that lags behind is ended early. The best
-values go to `--output`.
+All flags except `--trials` and `--output` are those of `hf-mmclf train`. Each trial trains a new model. Its score is
+the last micro-F1 on the validation rows, at the best threshold. A trial that is worse than the others ends early. The
+best values are written to `--output`.
 """
 
 import argparse
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 def model_space(trial: "Trial") -> dict[str, float]:
-    """Of the model."""
+    """Draw model arguments."""
     return {"dropout": trial.suggest_float("dropout", 0.0, 0.5)}
 
 
 def training_space(trial: "Trial") -> dict[str, float]:
-    """Of its training."""
+    """Draw training arguments."""
     return {
         "learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True),
         "backbone_learning_rate": trial.suggest_float("backbone_learning_rate", 1e-5, 1e-2, log=True),
@@ -38,6 +38,7 @@ def training_space(trial: "Trial") -> dict[str, float]:
 
 
 def objective(metrics: Mapping[str, float]) -> float:
+    """Return the score of a trial."""
     return metrics["eval_f1"]
 
 
@@ -45,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--trials", type=int, default=20, help="models to train (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=20, help="number of models to train (default: %(default)s)")
     parser.add_argument("--output", type=Path, default="search.yaml", help="file to write (default: %(default)s)")
     own, rest = parser.parse_known_args(argv)
     if own.output.exists():
-        parser.error(f"{own.output} is there already; give another --output")
+        parser.error(f"{own.output} already exists; give another --output")
     with tempfile.TemporaryDirectory() as scratch:
-        # no trial leaves a checkpoint, so none goes back to its best one either
+        # trials save no checkpoints, so they cannot load the best one either
         flags = ["--save_strategy", "no", "--load_best_model_at_end", "false", "--output_dir", scratch]
         arguments = parse_arguments([*rest, *flags], prog=parser.prog)
         trainer = build_trainer(*arguments, model_space)

@@ -1,6 +1,6 @@
-"""Train a model: `accelerate launch examples/train.py`, with the flags of `--help` or a YAML file (`--config`).
+"""Train a model: `accelerate launch examples/train.py`, with flags (see `--help`) or a YAML file (`--config`).
 
-Without arguments it learns the embedded data set.
+Without arguments it trains on the embedded data set.
 """
 
 from hf_mmclf import parse_arguments, train

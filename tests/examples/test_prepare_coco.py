@@ -16,7 +16,7 @@ NAMES = "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic lig
 NAMES = (NAMES + "parking meter,bench,bird,cat,dog,horse").split(",")
 IDS = [*range(1, 12), *range(13, 20)]
 
-OBJECTS = {  # by picture: category, and 1 for a crowd
+OBJECTS = {  # by image: category, and 1 for a crowd
     9: [(18, 0), (1, 0), (1, 0), (1, 0)],  # several of one kind
     25: [(19, 0), (20, 0), (90, 0)],  # sheep and toothbrush are none of the 18
     30: [(1, 1)],  # a crowd and nothing else
@@ -25,7 +25,7 @@ OBJECTS = {  # by picture: category, and 1 for a crowd
     42: [],
     49: [(10, 0), (2, 0)],
 }
-CAPTIONS = {  # by picture: number of the annotation, text
+CAPTIONS = {  # by image: id of the annotation, text
     9: [(7, "A later caption"), (3, "Two people, a dog\nand nobody else \n")],
     25: [(8, '"Horse" says the sign, "no sheep"')],
     30: [(11, " \n"), (12, "People, people, people")],  # the first is blank
@@ -48,7 +48,7 @@ def example(load_example):
 
 @pytest.fixture
 def coco(tmp_path, monkeypatch):
-    """A folder with annotations as COCO has them, their pictures not in the order of their numbers."""
+    """A folder with annotations as COCO has them, with images that are not sorted by id."""
     monkeypatch.chdir(tmp_path)
     images = [{"id": i, "file_name": f"{i:012}.jpg", "height": 8, "width": 8, "license": 1} for i in OBJECTS][::-1]
     outline = {"segmentation": [[1.5, 2.5, 3.5, 4.5]], "area": 2.0, "bbox": [1, 2, 3, 4]}
@@ -84,7 +84,7 @@ def error_of(example, capsys, *flags):
     with pytest.raises(SystemExit) as caught:
         run(example, *flags)
     assert caught.value.code == 2
-    assert set(os.listdir()) == {"annotations", "train2017"}  # nothing half-written is left
+    assert set(os.listdir()) == {"annotations", "train2017"}  # no incomplete file is left
     return capsys.readouterr().err.partition("error: ")[2]
 
 
@@ -93,7 +93,7 @@ def test_rows_and_names(example, coco, capsys):
     assert json.loads(Path("coco/labels.json").read_text()) == {str(i): n for i, n in zip(IDS, NAMES, strict=True)}
     assert sorted(os.listdir("coco")) == ["labels.json", "train.csv"]
     said = capsys.readouterr().out
-    assert "4 of 7 pictures have a caption and some of the 18 labels" in said
+    assert "4 of 7 images have a caption and at least one of the 18 labels" in said
     command = "--data coco/train.csv --image_dir train2017 --label_names_file coco/labels.json"
     assert said.endswith(f"{command}\n")
 
@@ -115,7 +115,7 @@ def test_the_package_reads_what_was_meant(example, coco):
     assert found == [[int(label) for label in labels.split()] for _, labels, _ in ROWS]
 
 
-def test_a_sample_is_the_seeds(example, coco):
+def test_a_sample_depends_on_the_seed(example, coco):
     def sample(seed):
         rows = run(example, "--rows", "2", "--seed", str(seed))
         for file in Path("coco").iterdir():
@@ -128,7 +128,7 @@ def test_a_sample_is_the_seeds(example, coco):
     assert all(len(rows) == 2 and rows == sorted(rows) and set(rows) <= set(ROWS) for rows in samples)
 
 
-def test_a_random_caption_is_the_seeds_and_the_pictures_alone(example, coco):
+def test_a_random_caption_depends_on_seed_and_image_only(example, coco):
     objects = example.read_annotations(Path("annotations/instances_train2017.json"))
     captions = example.read_annotations(Path("annotations/captions_train2017.json"))
     drawn = [example.build_rows(objects, captions, seed) for seed in range(8)]
@@ -138,12 +138,12 @@ def test_a_random_caption_is_the_seeds_and_the_pictures_alone(example, coco):
     assert "Two people, a dog and nobody else" in {rows[0]["Caption"] for rows in drawn}
 
 
-def test_pictures_that_are_not_there(example, coco, capsys):
-    Path("train2017/000000000034.jpg").unlink()  # of no row
+def test_missing_images(example, coco, capsys):
+    Path("train2017/000000000034.jpg").unlink()  # not in any row
     for name in ("000000000025.jpg", "000000000049.jpg"):
         Path("train2017", name).unlink()
     error = error_of(example, capsys)
-    assert error.startswith("2 of 4 pictures are not in train2017 (000000000025.jpg, 000000000049.jpg);")
+    assert error.startswith("2 of 4 images are not in train2017 (000000000025.jpg, 000000000049.jpg);")
 
 
 @pytest.mark.parametrize(
@@ -155,16 +155,16 @@ def test_pictures_that_are_not_there(example, coco, capsys):
         ("instances", '{"images": [], "annotations": [], "categories": []}', "no names of the categories [1, 2, 3,"),
     ],
 )
-def test_annotations_that_are_not_cocos(file, content, message, example, coco, capsys):
+def test_invalid_annotations(file, content, message, example, coco, capsys):
     path = Path(f"annotations/{file}_train2017.json")
     path.unlink() if content is None else path.write_text(content)
     assert message in error_of(example, capsys)
 
 
-def test_flags_that_cannot_be(example, coco, capsys):
+def test_invalid_flags(example, coco, capsys):
     assert "--rows is 5; expected 1 to 4" in error_of(example, capsys, "--rows", "5")
     assert "val2017" in error_of(example, capsys, "--split", "val2017")
     run(example)
     with pytest.raises(SystemExit):
         run(example)
-    assert "coco is there already" in capsys.readouterr().err
+    assert "coco already exists" in capsys.readouterr().err

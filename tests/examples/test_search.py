@@ -13,7 +13,7 @@ optuna = pytest.importorskip("optuna")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """More of them wait for each other where models are this small."""
+    """More threads wait for each other with models this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,7 +31,7 @@ def table(tmp_path_factory):
 
 
 class Notes(TrainerCallback):
-    """What each trial starts with."""
+    """Records dropout, learning rates and weights at the start of each trial."""
 
     def __init__(self):
         self.dropout, self.rates, self.starts = [], [], []
@@ -65,7 +65,7 @@ def test_trials_train_new_models_with_what_they_draw(table, tmp_path):
     )
     assert sorted(notes.dropout) == [(0.1, 0.1), (0.1, 0.1), (0.3, 0.3), (0.3, 0.3)]
     assert sorted(map(sorted, notes.rates)) == [[0.0], [0.0], [2.5e-3, 5e-3], [2.5e-3, 5e-3]]
-    assert all(torch.equal(start, notes.starts[0]) for start in notes.starts)  # none goes on where another ended
+    assert all(torch.equal(start, notes.starts[0]) for start in notes.starts)  # each trial starts from new weights
     assert best.hyperparameters["learning_rate"] == 5e-3 and best.objective > 0.7
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -84,7 +84,7 @@ def test_the_example_writes_what_training_reads(example, table, tmp_path, capsys
     assert all(getattr(args, name) == found[name] for name in names[2:])
     with pytest.raises(SystemExit):
         example.main(["--output", str(output), *flags])
-    assert "best.yaml is there already" in capsys.readouterr().err
+    assert "best.yaml already exists" in capsys.readouterr().err
 
 
 def test_a_model_argument_that_is_none(table, tmp_path):
