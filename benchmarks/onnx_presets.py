@@ -41,7 +41,7 @@ def random_model(preset: str, texts: list[str], folder: Path) -> Predictor:
     model = MMClfForImageTextClassification(config).eval()
     tokenizer = load_tokenizer("train", texts, 1000)[0] if config.has_text else None
     if tokenizer is not None:
-        tokenizer.model_max_length = model.max_tokens
+        model.limit_text(tokenizer)
     return Predictor(folder, model, MMClfProcessor(image_processor, tokenizer))
 
 

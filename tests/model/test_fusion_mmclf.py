@@ -11,8 +11,10 @@ LOOKS = torch.randn(THINGS + COLOURS, 64, generator=torch.Generator().manual_see
 
 
 def rows(count, seed):
-    """Cells of four coloured things, words of which one is a colour. Labels: there is such a thing (of three), and:
-    the thing of that colour is one."""
+    """Make images of four coloured things and texts that name one colour.
+
+    Labels 0 to 2 say which things the image has, labels 3 to 5 which thing has the colour of the text.
+    """
     draw = torch.Generator().manual_seed(seed)
     things = F.one_hot(torch.multinomial(OFTEN, 4 * count, replacement=True, generator=draw).view(count, 4), THINGS)
     colours = torch.stack([torch.randperm(COLOURS, generator=draw) for _ in range(count)])
@@ -25,8 +27,8 @@ def rows(count, seed):
     return looks, words, labels.float()
 
 
-def test_label_queries_learn_which_word_means_what_in_the_picture():
-    """From 2,400 rows in six epochs; without what the words find in the picture, precision stays below 0.4."""
+def test_label_queries_learn_which_word_means_what_in_the_image():
+    """From 2,400 rows in six epochs; without what the words find in the image, precision stays below 0.4."""
     config = MMClfConfig(fusion="label_queries", num_labels=6, width=64)
     fusion, embed, classify = LabelQueries(config, [64, 96]), torch.nn.Embedding(WORDS, 96), LabelClassifier(64, 6)
     parameters = [*fusion.parameters(), *embed.parameters(), *classify.parameters()]

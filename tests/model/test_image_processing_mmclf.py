@@ -61,7 +61,7 @@ def test_an_image_of_the_right_size_is_only_normalised():
         (10, 20_000, 111, 0, 112, 224),
     ],
 )
-def test_the_picture_is_centred_on_black(width, height, left, top, right, bottom):
+def test_the_image_is_centred_on_black(width, height, left, top, right, bottom):
     canvas = pixels(run(Image.new("RGB", (width, height), (200, 100, 50)))[0])
     expected = torch.zeros(3, 224, 224)
     expected[:, top:bottom, left:right] = torch.tensor([200.0, 100, 50]).view(3, 1, 1)
@@ -143,9 +143,9 @@ def test_orientation_is_applied_once(sideways):
 def test_both_decoders_give_pillow_s_pixels(mode, sideways, tmp_path, monkeypatch):
     pytest.importorskip("torchcodec")
     smooth = noise(9, 7).resize((90, 70)).convert(mode)
-    smooth.save(tmp_path / "picture.jpg", quality=80)
+    smooth.save(tmp_path / "image.jpg", quality=80)
     (tmp_path / "sideways.jpg").write_bytes(sideways)
-    for file in ("picture.jpg", "sideways.jpg"):
+    for file in ("image.jpg", "sideways.jpg"):
         expected = np.asarray(to_rgb(Image.open(tmp_path / file)))
         fast = [read_image(tmp_path / file), read_image(BytesIO((tmp_path / file).read_bytes()))]
         with monkeypatch.context() as without:
@@ -236,11 +236,11 @@ def test_grey_arrays():
     assert torch.equal(run(np.array(grey)), run(np.array(grey)[..., None]))
 
 
-def test_encoded_bytes_and_undecoded_cells_are_the_picture(tmp_path):
-    picture = noise(20, 30)
+def test_encoded_bytes_and_undecoded_cells_are_the_image(tmp_path):
+    image = noise(20, 30)
     path = tmp_path / "a.png"
-    picture.save(path)
-    data, expected = path.read_bytes(), run(picture)
+    image.save(path)
+    data, expected = path.read_bytes(), run(image)
     cells = [{"bytes": data, "path": "elsewhere.png"}, {"bytes": None, "path": str(path)}]
     for given in (data, bytearray(data), memoryview(data), BytesIO(data), *cells):
         assert torch.equal(run(given), expected)

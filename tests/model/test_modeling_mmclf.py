@@ -76,7 +76,7 @@ def reload(model, folder):
 
 
 @pytest.mark.parametrize("fields", EVERY_FUSION + TEXT_ONLY + QUERIES, ids=ids)
-def test_padding_does_not_count(fields, tiny_model, tiny_batch):
+def test_padding_has_no_effect(fields, tiny_model, tiny_batch):
     model = scramble(tiny_model(**fields))
     batch = tiny_batch(fields.get("kind", "both"))
     expected = logits(model, batch)
@@ -233,7 +233,7 @@ def test_compiles_without_graph_breaks(kind, tiny_model, tiny_batch):
 @pytest.mark.parametrize("learned", [False, True], ids=["zero", "learned"])
 @pytest.mark.parametrize("tokens", ["pooled", "spatial"])
 @pytest.mark.parametrize("kind", ALL_KINDS)
-def test_content_of_absent_rows_does_not_count(kind, tokens, learned, tiny_model, tiny_batch):
+def test_content_of_missing_modalities_has_no_effect(kind, tokens, learned, tiny_model, tiny_batch):
     model = tiny_model(fusion=kind, image_tokens=tokens, learned_missing=learned, fusion_norm=learned)
     image_mask, text_mask = torch.tensor([False, True, True]), torch.tensor([True, False, True])
     batch = tiny_batch() | dict(image_mask=image_mask, text_mask=text_mask, labels=torch.eye(3))
@@ -255,14 +255,14 @@ def test_content_of_absent_rows_does_not_count(kind, tokens, learned, tiny_model
 
 @pytest.mark.parametrize("learned", [False, True], ids=["zero", "learned"])
 @pytest.mark.parametrize("kind", ALL_KINDS)
-def test_all_absent_equals_not_given(kind, learned, tiny_model, tiny_batch):
+def test_all_missing_equals_not_given(kind, learned, tiny_model, tiny_batch):
     model = scramble(tiny_model(fusion=kind, image_tokens="spatial", learned_missing=learned))
     batch = tiny_batch()
     pixels = dict(pixel_values=batch.pop("pixel_values"))
-    absent = torch.zeros(3, dtype=torch.bool)
+    missing = torch.zeros(3, dtype=torch.bool)
     no_image, no_text = logits(model, batch), logits(model, pixels)
-    torch.testing.assert_close(logits(model, pixels | batch | dict(image_mask=absent)), no_image)
-    torch.testing.assert_close(logits(model, pixels | batch | dict(text_mask=absent)), no_text)
+    torch.testing.assert_close(logits(model, pixels | batch | dict(image_mask=missing)), no_image)
+    torch.testing.assert_close(logits(model, pixels | batch | dict(text_mask=missing)), no_text)
     no_tokens = dict(attention_mask=torch.zeros_like(batch["attention_mask"]))
     torch.testing.assert_close(logits(model, pixels | batch | no_tokens), no_text)
     both = logits(model, pixels | batch)
@@ -291,7 +291,7 @@ def decode(layer, x, memory):
 
 @pytest.mark.parametrize("kind", ["both", "text"])
 def test_label_queries_row_by_row(kind, tiny_model, tiny_batch):
-    """Captions read pictures, labels ask both and what was found; no padding is seen, each label has a classifier."""
+    """Texts attend to images, labels to both and to the result; padding has no effect, each label has a classifier."""
     model = scramble(tiny_model(kind, fusion="label_queries", image_tokens="spatial"))
     batch = tiny_batch(kind)
     tokens = [model.encode_text(batch["input_ids"], batch["attention_mask"])]
@@ -314,7 +314,7 @@ def test_label_queries_row_by_row(kind, tiny_model, tiny_batch):
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
-def test_modality_dropout_is_an_absent_modality_and_never_takes_the_last(kind, tiny_model, tiny_batch):
+def test_modality_dropout_makes_modalities_missing_but_never_both(kind, tiny_model, tiny_batch):
     model = tiny_model(fusion=kind, image_tokens="spatial", modality_dropout=0.6)
     batch = {name: value[[0] * 300] for name, value in tiny_batch().items()}
     with_text, with_image = torch.arange(300) != 0, torch.arange(300) != 1
@@ -327,8 +327,8 @@ def test_modality_dropout_is_an_absent_modality_and_never_takes_the_last(kind, t
     for module in model.modules():
         module.training = module is model  # no other dropout, no batch statistics
     once = {name: value[:1] for name, value in batch.items()}
-    absent = torch.tensor([False])
-    variants = [logits(model.eval(), once | mask) for mask in ({}, dict(image_mask=absent), dict(text_mask=absent))]
+    missing = torch.tensor([False])
+    variants = [logits(model.eval(), once | mask) for mask in ({}, dict(image_mask=missing), dict(text_mask=missing))]
     model.training = True
     found = logits(model, batch)
     nearest = torch.stack([(found - variant).abs().amax(1) for variant in variants])
@@ -434,7 +434,7 @@ def test_training_changes_only_what_is_unfrozen(stages, layers, origin, tiny_mod
     image = {f"image_model.{name}" for name in of(model.image_model.state_dict(), DENSENET_PARTS[stages])}
     text = {f"text_model.{name}" for name in of(model.text_model.state_dict(), BERT_PARTS[layers])}
     rest = {name for name in before if not name.startswith(("image_model.", "text_model."))}
-    # with one picture token, and so no choice, what asks and what is asked for get no gradient but weight decay
+    # with one image token the attention is constant: queries and keys get weight decay, but no gradient
     indifferent = {
         name for name in rest if name.startswith(("fusion.image_attention.query", "fusion.image_attention.key"))
     }
@@ -451,7 +451,7 @@ def is_recorded(output):
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["built", "loaded"])
-def test_autograd_records_nothing_before_the_cut(loaded, tiny_model, tiny_batch, tmp_path):
+def test_autograd_records_nothing_in_frozen_parts(loaded, tiny_model, tiny_batch, tmp_path):
     model = tiny_model(unfrozen_image_stages=1, unfrozen_text_layers=1)
     model = (reload(model, tmp_path) if loaded else model).train()
     image, layers = model.image_model.features, model.text_model.encoder.layer
@@ -515,7 +515,7 @@ def test_only_wholly_frozen_backbones_have_frozen_features(unfrozen, tiny_model,
 
 
 @pytest.mark.parametrize("stages", [None, 0, 1])
-def test_many_rows_give_what_few_do(stages, tiny_model):
+def test_rows_do_not_depend_on_their_batch(stages, tiny_model):
     model = tiny_model("image", unfrozen_image_stages=stages)
     pixels = torch.randn(6, 3, 64, 64)
     for module in model.modules():  # statistics that differ from any batch's
@@ -534,7 +534,7 @@ def test_gradients_reach_pixels_through_frozen_parts(tiny_model):
 
 
 @pytest.mark.parametrize("stages", [None, 1])
-def test_activation_checkpointing_changes_no_number(stages, tiny_model, tiny_batch):
+def test_activation_checkpointing_changes_no_gradient(stages, tiny_model, tiny_batch):
     plain = tiny_model(unfrozen_image_stages=stages).train()
     again = copy.deepcopy(plain)
     again.activation_checkpointing_enable()
@@ -547,7 +547,7 @@ def test_activation_checkpointing_changes_no_number(stages, tiny_model, tiny_bat
             count += tensor.numel()
             return tensor
 
-        torch.manual_seed(1)  # of dropout
+        torch.manual_seed(1)  # for dropout
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = model(**batch, labels=torch.eye(3)).loss
         saved.append(count)
@@ -592,6 +592,16 @@ def test_activation_checkpointing_can_be_enabled_twice_disabled_copied_and_pickl
     assert not again.is_activation_checkpointing
     assert not any(getattr(module, "grad_checkpointing", False) for module in again.image_model.modules())
     assert copied.is_activation_checkpointing
+
+
+def test_activation_checkpointing_and_two_backward_passes_of_one_graph(tiny_model, tiny_batch):
+    model = tiny_model("image", image_backbone="test_resnet", image_backbone_args={}).train()
+    model.activation_checkpointing_enable()
+    loss = model(**tiny_batch("image"), labels=torch.eye(3)).loss
+    loss.backward(retain_graph=True)
+    loss.backward()
+    norms = [module for module in model.image_model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert {int(norm.num_batches_tracked) for norm in norms} == {1}
 
 
 def test_activation_checkpointing_that_timm_does_not_have(tiny_model):
@@ -802,6 +812,16 @@ def test_loading_fills_what_the_file_lacks(tiny_model, tmp_path):
     assert not loaded.classifier.bias.any()
     for vector in (loaded.missing_image.vector, loaded.missing_text.vector):
         assert 0 < vector.std() < 0.1
+
+
+def test_loading_at_another_image_size_initialises_position_embeddings(tiny_model, tmp_path):
+    fields = dict(image_backbone="test_vit", image_backbone_args=dict(img_size=32))
+    tiny_model("image", **fields).save_pretrained(tmp_path)
+    garbage = [torch.full((17 * 64,), math.nan) for _ in range(500)]  # memory that the new tensor may reuse
+    del garbage
+    loaded = AutoModel.from_pretrained(tmp_path, image_backbone_args=dict(img_size=64), ignore_mismatched_sizes=True)
+    assert 0 < loaded.image_model.pos_embed.std() < 0.1
+    assert logits(loaded, dict(pixel_values=torch.randn(1, 3, 64, 64))).isfinite().all()
 
 
 @pytest.mark.parametrize("preset", ["demo", "demo-image", "demo-text"])

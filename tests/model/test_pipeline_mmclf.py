@@ -40,15 +40,15 @@ def pipe(pipes):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("table")
     write_table(folder)
     return [str(folder / f"{row}.jpg") for row in range(len(CAPTIONS))]
 
 
 @pytest.fixture(scope="module")
-def records(pictures):
-    return [{"image": image, "text": text} for image, text in zip(pictures, CAPTIONS, strict=True)]
+def records(images):
+    return [{"image": image, "text": text} for image, text in zip(images, CAPTIONS, strict=True)]
 
 
 def close(given, expected):
@@ -89,13 +89,13 @@ def test_one_record(pipe, records, expected):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
-def test_many_records_are_what_each_alone_is(batch_size, pipe, records, pictures, expected):
+def test_records_do_not_depend_on_their_batch(batch_size, pipe, records, images, expected):
     options = dict(batch_size=batch_size, return_all_scores=True)
-    table = Dataset.from_dict({"image": pictures, "text": CAPTIONS})
+    table = Dataset.from_dict({"image": images, "text": CAPTIONS})
     decoded = table.cast_column("image", ImageColumn())
     assert close(pipe(records, **options), expected)
     assert close(pipe(tuple(records), **options), expected)
-    assert close(pipe(image=pictures, text=CAPTIONS, **options), expected)
+    assert close(pipe(image=images, text=CAPTIONS, **options), expected)
     assert close(pipe(image=table["image"], text=table["text"], **options), expected)
     assert close(pipe(image=decoded["image"], text=decoded["text"], **options), expected)
     assert close(pipe(table, **options), expected)
@@ -115,8 +115,8 @@ def test_workers_change_nothing(pipe, records, expected):
     assert close(pipe(records, batch_size=2, num_workers=1, return_all_scores=True), expected)
 
 
-def test_every_form_of_a_picture(pipe, pictures, expected):
-    path = pictures[2]
+def test_every_form_of_an_image(pipe, images, expected):
+    path = images[2]
     opened = Image.open(path)
     data = Path(path).read_bytes()
     table = Dataset.from_dict({"image": [path]}, features=Features({"image": ImageColumn(decode=False)}))
@@ -137,7 +137,7 @@ def test_tables_of_pandas_are_read_by_place(pipe, records, expected):
     assert close(pipe(image=frame["image"], text=frame["text"], return_all_scores=True), wanted)
 
 
-def test_saved_without_the_package_being_asked_it_is_still_whole(pipe, tmp_path, records):
+def test_a_pipeline_of_remote_code_saves_its_code(pipe, tmp_path, records):
     """A class that was loaded from a folder saves its code too."""
     pipe.save_pretrained(tmp_path / "first")
     remote = transformers.pipeline(TASK, model=str(tmp_path / "first"), trust_remote_code=True, device="cpu")
@@ -148,7 +148,7 @@ def test_saved_without_the_package_being_asked_it_is_still_whole(pipe, tmp_path,
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
-def test_positions_that_a_text_backbone_really_has(model_type, tmp_path):
+def test_the_longest_text_of_a_text_backbone(model_type, tmp_path):
     """RoBERTa's first position has the number after the padding's; its tokenizer here knows no limit."""
     folder = write_folder(tmp_path, "text", text_pooling="mean")
     tokenizer = Predictor.load(folder).processor.tokenizer
@@ -159,29 +159,29 @@ def test_positions_that_a_text_backbone_really_has(model_type, tmp_path):
     assert hf_mmclf.pipeline(model, processor=MMClfProcessor(tokenizer=tokenizer))(text="a man " * 50, top_k=1)
 
 
-def test_a_missing_picture_or_caption(pipe, pictures, folders):
+def test_a_missing_image_or_text(pipe, images, folders):
     model, processor = Predictor.load(folders["both"]).model, Predictor.load(folders["both"]).processor
     with torch.no_grad():
-        image = model(**processor.image_processor(Image.open(pictures[0]), return_tensors="pt")).logits
+        image = model(**processor.image_processor(Image.open(images[0]), return_tensors="pt")).logits
         text = model(**processor.tokenizer("a dog", return_tensors="pt")).logits
     image, text = (sorted(logits[0].sigmoid().tolist(), reverse=True) for logits in (image, text))
-    rows = [{"image": pictures[0]}, {"text": "a dog"}, {"image": pictures[0], "text": " "}]
+    rows = [{"image": images[0]}, {"text": "a dog"}, {"image": images[0], "text": " "}]
     rows += [{"image": None, "text": "a dog"}, {"image": {"bytes": None, "path": None}, "text": "a dog"}]
     for batch_size in (1, 3, 5):
         results = pipe(rows, batch_size=batch_size, return_all_scores=True)
         scores = [[row["score"] for row in result] for result in results]
         np.testing.assert_allclose(scores, [image, text, image, text, text], atol=1e-6)
-    assert close(pipe(image=pictures[:2]), [pipe(image=picture) for picture in pictures[:2]])
-    assert close(pipe(text=CAPTIONS), [pipe(text=caption) for caption in CAPTIONS])
+    assert close(pipe(image=images[:2]), [pipe(image=image) for image in images[:2]])
+    assert close(pipe(text=CAPTIONS), [pipe(text=text) for text in CAPTIONS])
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
-def test_models_of_one_modality(kind, pipes, pictures):
+def test_models_of_one_modality(kind, pipes, images):
     pipe = pipes[kind]
-    column = pictures if kind == "image" else CAPTIONS
+    column = images if kind == "image" else CAPTIONS
     assert close(pipe(**{kind: column}, batch_size=3), [pipe({kind: value}) for value in column])
     other = {"image": "text", "text": "image"}[kind]
-    value = {"image": pictures[0], "text": "a dog"}
+    value = {"image": images[0], "text": "a dog"}
     assert close(pipe({kind: value[kind], other: None}), pipe({kind: value[kind]}))
     with pytest.raises(ValueError, match=f"record 1: got {other}s?, but this model has no {other} backbone"):
         pipe([{kind: value[kind]}, value])
@@ -189,7 +189,7 @@ def test_models_of_one_modality(kind, pipes, pictures):
         pipe({other: value[other]})
 
 
-def test_captions_longer_than_the_model_reads_are_cut(pipe):
+def test_texts_longer_than_the_limit_are_truncated(pipe):
     assert close(pipe(text="a man " * 50), pipe(text="a man " * 7))
 
 
@@ -213,8 +213,18 @@ def test_thresholds(pipe, records, expected):
     assert close(pipe(records), above(expected, 0.4))  # nothing is remembered
 
 
+def test_a_score_equal_to_its_threshold_is_predicted(pipe, records, monkeypatch):
+    score = pipe(records[0], top_k=1)[0]["score"]
+    above_it = float(np.nextafter(score, 1))
+    assert len(pipe(records[0], threshold=score)) == 1 and not pipe(records[0], threshold=above_it)
+    monkeypatch.setattr(pipe.model.config, "threshold", score)
+    assert len(pipe(records[0])) == 1
+    monkeypatch.setattr(pipe.model.config, "threshold", above_it)
+    assert not pipe(records[0])
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_rows_that_lack_something_have_their_own_thresholds(batch_size, pipe, records, monkeypatch):
+def test_thresholds_of_rows_with_a_missing_modality(batch_size, pipe, records, monkeypatch):
     monkeypatch.setattr(pipe.model.config, "missing_thresholds", {"image": 0.0, "text": 1.0})
     rows = [records[0], {"text": records[1]["text"]}, {"image": records[2]["image"], "text": " "}] * 2
     whole, read, seen = pipe(rows, batch_size=batch_size)[:3]
@@ -256,7 +266,7 @@ def test_half_precision(folders, records, expected):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_bad_record_is_named_by_its_index(batch_size, pipe, records, tmp_path):
-    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
     cases = [
         ({"image": str(tmp_path / "bad.jpg")}, r"cannot read the image .*bad.jpg: not an image"),
         ({"image": str(tmp_path / "none.jpg")}, r"cannot read the image .*none.jpg: "),
@@ -314,7 +324,7 @@ def test_transformers_own_factory(folders, pipe, records, tmp_path):
     assert close(hf_mmclf.pipeline(tmp_path)(records), pipe(records))
 
 
-def test_rows_without_a_picture_do_not_run_the_image_backbone(pipe, monkeypatch):
+def test_rows_without_an_image_do_not_run_the_image_backbone(pipe, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the image backbone ran")
 

@@ -8,7 +8,7 @@ from transformers import AutoProcessor
 from hf_mmclf import MMClfForImageTextClassification, MMClfImageProcessor, MMClfProcessor
 from hf_mmclf.data.tokenizer import load_tokenizer
 
-PICTURES = [Image.new("RGB", (30, 20 + row), color) for row, color in enumerate(("red", "lime", "blue"))]
+IMAGES = [Image.new("RGB", (30, 20 + row), color) for row, color in enumerate(("red", "lime", "blue"))]
 TEXTS = ["a dog", "a man on a dog and dogs", "no"]
 
 
@@ -18,9 +18,9 @@ def processor():
 
 
 def test_a_batch_is_what_its_parts_make(processor):
-    inputs = processor(images=PICTURES, text=TEXTS)
+    inputs = processor(images=IMAGES, text=TEXTS)
     expected = processor.tokenizer(TEXTS, padding=True, return_tensors="pt")
-    expected["pixel_values"] = processor.image_processor(PICTURES, return_tensors="pt")["pixel_values"]
+    expected["pixel_values"] = processor.image_processor(IMAGES, return_tensors="pt")["pixel_values"]
     expected["image_mask"] = expected["text_mask"] = torch.ones(3, dtype=torch.bool)
     assert set(inputs) == set(expected)
     for name, values in expected.items():
@@ -28,25 +28,25 @@ def test_a_batch_is_what_its_parts_make(processor):
 
 
 def test_one_row_is_a_batch_of_one(processor):
-    expected = processor(images=PICTURES[:1], text=TEXTS[:1])
-    array = np.array(PICTURES[0])
-    for picture in (PICTURES[0], array, torch.from_numpy(array), array[None], (PICTURES[0],)):
-        inputs = processor(images=picture, text=TEXTS[0])
+    expected = processor(images=IMAGES[:1], text=TEXTS[:1])
+    array = np.array(IMAGES[0])
+    for image in (IMAGES[0], array, torch.from_numpy(array), array[None], (IMAGES[0],)):
+        inputs = processor(images=image, text=TEXTS[0])
         assert all(torch.equal(inputs[name], values) for name, values in expected.items())
 
 
-def test_what_a_row_lacks_is_masked(processor):
-    inputs = processor(images=[None, PICTURES[1], None], text=[TEXTS[0], None, " \n"])
+def test_a_missing_modality_is_masked(processor):
+    inputs = processor(images=[None, IMAGES[1], None], text=[TEXTS[0], None, " \n"])
     assert inputs["image_mask"].tolist() == [False, True, False]
     assert inputs["text_mask"].tolist() == [True, False, False]
     assert not inputs["pixel_values"][[0, 2]].any()
-    assert torch.equal(inputs["pixel_values"][1:2], processor(images=PICTURES[1])["pixel_values"])
-    assert set(processor(images=PICTURES)) == {"pixel_values", "image_mask"}
+    assert torch.equal(inputs["pixel_values"][1:2], processor(images=IMAGES[1])["pixel_values"])
+    assert set(processor(images=IMAGES)) == {"pixel_values", "image_mask"}
     assert set(processor(text=TEXTS)) == {"input_ids", "attention_mask", "token_type_ids", "text_mask"}
     assert not processor(images=[None], text="a")["image_mask"].any()
 
 
-def test_long_captions_are_cut(processor):
+def test_long_texts_are_truncated(processor):
     assert processor(text="a man " * 20, max_length=8)["input_ids"].shape == (1, 8)
     limited = MMClfProcessor(tokenizer=load_tokenizer("train", CAPTIONS, 60)[0])
     limited.tokenizer.model_max_length = 5
@@ -54,7 +54,7 @@ def test_long_captions_are_cut(processor):
 
 
 def test_arrays_instead_of_tensors(processor):
-    tensors, arrays = (processor(images=PICTURES, text=TEXTS, return_tensors=kind) for kind in ("pt", "np"))
+    tensors, arrays = (processor(images=IMAGES, text=TEXTS, return_tensors=kind) for kind in ("pt", "np"))
     for name, values in arrays.items():
         assert isinstance(values, np.ndarray)
         np.testing.assert_array_equal(values, tensors[name].numpy())
@@ -67,11 +67,11 @@ def test_bad_input_is_named(processor):
         with pytest.raises(ValueError, match="neither images nor text"):
             processor(**nothing)
     with pytest.raises(ValueError, match="got 3 images and 1 texts; expected the same number"):
-        processor(images=PICTURES, text="a dog")
+        processor(images=IMAGES, text="a dog")
     with pytest.raises(ValueError, match="got images, but this model has no image backbone"):
-        MMClfProcessor(tokenizer=processor.tokenizer)(images=PICTURES, text=TEXTS)
+        MMClfProcessor(tokenizer=processor.tokenizer)(images=IMAGES, text=TEXTS)
     with pytest.raises(ValueError, match="got text, but this model has no text backbone"):
-        MMClfProcessor(processor.image_processor)(images=PICTURES, text=TEXTS)
+        MMClfProcessor(processor.image_processor)(images=IMAGES, text=TEXTS)
 
 
 @pytest.mark.parametrize("kind", ["both", "image", "text"])
@@ -83,7 +83,7 @@ def test_saved_and_loaded_it_is_the_same(kind, tmp_path):
     assert (first.image_processor is None, first.tokenizer is None) == (kind == "text", kind == "image")
     first.save_pretrained(tmp_path / "saved")
     second = MMClfProcessor.from_pretrained(tmp_path / "saved")
-    rows = {**({} if kind == "text" else {"images": PICTURES}), **({} if kind == "image" else {"text": TEXTS})}
+    rows = {**({} if kind == "text" else {"images": IMAGES}), **({} if kind == "image" else {"text": TEXTS})}
     inputs, again = first(**rows), second(**rows)
     assert set(inputs) == set(again)
     assert all(torch.equal(inputs[name], values) for name, values in again.items())

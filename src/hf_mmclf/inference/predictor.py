@@ -79,9 +79,7 @@ def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor
         processor ([`MMClfProcessor`]): The model's processor.
         folder (`str` or `Path`): The folder to write to.
     """
-    if tokenizer := processor.tokenizer:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, model.max_tokens)
-    # Only a pipeline writes the name of its task and its class to config.json.
+    # Only a pipeline writes the name of its task and its class to config.json. It also sets the length limit.
     pipe = ImageTextClassificationPipeline(model=model, processor=processor, task=TASK, device=model.device)
     pipe.save_pretrained(folder)
 

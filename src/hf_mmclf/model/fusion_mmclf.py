@@ -62,14 +62,14 @@ class MissingModality(nn.Module):
         self.vector = nn.Parameter(torch.zeros(width)) if learned else None
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # where(), not multiplication: whatever stands in the absent rows (even NaN) is dropped, with its gradient
+        # where(), not multiplication, which would keep NaN of missing inputs in values and gradients
         present = mask.any(1, keepdim=True)
         vector = tokens.new_zeros(self.width) if self.vector is None else self.vector.to(tokens.dtype)
         first = torch.arange(mask.shape[1], device=mask.device) == 0
         return torch.where(present.unsqueeze(-1), tokens, vector), mask | (~present & first)
 
     def blank(self, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One absent token for each row of the other modality's tokens."""
+        """Return one masked token for each row of the other modality's tokens."""
         return other.new_zeros(len(other), 1, self.width), other.new_zeros(len(other), 1, dtype=torch.bool)
 
 
@@ -147,9 +147,9 @@ class LabelQueries(nn.Module):
         memory = [project(tokens) for project, (tokens, _) in zip(self.projections, modalities, strict=True)]
         means = [project(masked_mean(*tokens)) for project, tokens in zip(self.means, modalities[-2:], strict=True)]
         # A row without any token to attend to would give NaN.
-        absent = torch.cat([~mask & mask.any(1, keepdim=True) for _, mask in modalities], 1)
-        queries = self.queries.expand(memory[0].shape[0], -1, -1)  # not len(): an export would keep it
-        return self.decoder(queries, torch.cat(memory, 1), memory_key_padding_mask=absent) + sum(means).unsqueeze(1)
+        padding = torch.cat([~mask & mask.any(1, keepdim=True) for _, mask in modalities], 1)
+        queries = self.queries.expand(memory[0].shape[0], -1, -1)  # not len(), which an export would make a constant
+        return self.decoder(queries, torch.cat(memory, 1), memory_key_padding_mask=padding) + sum(means).unsqueeze(1)
 
 
 class LabelClassifier(nn.Module):
