@@ -47,20 +47,20 @@ def outcomes():
 
 
 @pytest.mark.parametrize("labels", [1, 3, 80])
-def test_files_are_pictures_and_small(labels, outcomes, tmp_path):
+def test_files_are_small_images(labels, outcomes, tmp_path):
     before = dict(matplotlib.rcParams)
     splits, report = outcomes(labels)
     write_plots(tmp_path, splits, report, 0.4, HISTORY, 2.0)
     assert {file.name for file in tmp_path.iterdir()} == set(PLOTS)
     for file in tmp_path.iterdir():
         assert file.stat().st_size < 100_000
-        with Image.open(file) as picture:
-            assert picture.format == "PNG" and 600 < picture.width < 1000 and picture.height > 150
-            assert len(picture.convert("RGB").getcolors(100_000)) > 5  # not a blank sheet
+        with Image.open(file) as image:
+            assert image.format == "PNG" and 600 < image.width < 1000 and image.height > 150
+            assert len(image.convert("RGB").getcolors(100_000)) > 5  # not blank
     assert dict(matplotlib.rcParams) == before
 
 
-def test_f1_by_threshold_is_that_of_the_metric(outcomes):
+def test_f1_by_threshold_equals_the_metric(outcomes):
     scores, references = outcomes(4)[0]["test"]
     thresholds = [0.0, 0.3, float(scores[3, 2]), 0.9, 1.0]
     micro, macro = f1_by_threshold(scores, references, thresholds)
@@ -78,7 +78,7 @@ def test_thresholds_are_marked_for_every_split(outcomes):
     assert [line.get_linestyle() for line in axes.lines[:4]] == ["-", "-", "--", "--"]  # not by colour alone
 
 
-def test_labels_are_sorted_by_f1_and_those_of_many_are_the_most_frequent(outcomes):
+def test_labels_are_sorted_by_f1_and_only_the_most_frequent_are_shown(outcomes):
     _, report = outcomes(5)
     (axes,) = label_figure(report, "test").axes
     widths = [bar.get_width() for bar in axes.patches]
@@ -97,11 +97,11 @@ def test_labels_are_sorted_by_f1_and_those_of_many_are_the_most_frequent(outcome
 
 
 @pytest.mark.parametrize("labels, curves", [(3, 2), (12, 11), (13, 0)])
-def test_labels_have_a_precision_recall_curve_as_long_as_they_are_few(labels, curves, outcomes):
+def test_few_labels_have_a_precision_recall_curve_each(labels, curves, outcomes):
     splits, report = outcomes(labels)
     (axes,) = precision_recall_figure(*splits["test"], report, "test").axes
     named = [line.get_label() for line in axes.lines if "odd" in line.get_label()]
-    assert len(named) == curves  # the first label has no positive, so nothing to recall
+    assert len(named) == curves  # the first label has no positive
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == len(axes.lines)
     if named:
         assert named[0].startswith(f"{report[1]['average_precision']:.3f}")
@@ -121,7 +121,7 @@ def test_training_shows_what_was_logged():
     assert len(only_loss.axes[0].lines) == 1 and not only_loss.axes[1].lines
 
 
-def test_a_run_that_logged_nothing_has_no_picture_of_it(outcomes, tmp_path):
+def test_a_run_that_logged_nothing_has_no_plot_of_the_training(outcomes, tmp_path):
     splits, report = outcomes(2)
     write_plots(tmp_path, {"validation": splits["validation"]}, report, 0.5, HISTORY[-1:])
     assert {file.name for file in tmp_path.iterdir()} == set(PLOTS) - {"training.png"}

@@ -1,4 +1,4 @@
-"""Plots of what a model reaches, as PNG files for its card."""
+"""The plots of the card, as PNG files."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from ..evaluation.metrics import Counts
 
-# Each file and what it shows, in the order of the card.
+# The files and their titles, in the order of the card.
 PLOTS = {
     "f1_by_threshold.png": "F1 against threshold",
     "f1_by_label.png": "F1 of each label",
@@ -22,7 +22,7 @@ PLOTS = {
     "training.png": "Loss and F1 over training",
 }
 
-# of Okabe and Ito, for all eyes to tell apart
+# the palette of Okabe and Ito, which colour-blind readers can tell apart
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 STYLE = {
     "figure.dpi": 110,
@@ -36,7 +36,7 @@ STYLE = {
     "grid.color": "#DDDDDD",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "text.parse_math": False,  # label names may hold dollar signs
+    "text.parse_math": False,  # names of labels may contain dollar signs
 }
 SHOWN_LABELS = 80  # more bars make the plot unreadable
 
@@ -52,16 +52,16 @@ def write_plots(
     kept_epoch: float | None = None,
 ) -> None:
     r"""
-    Writes the files of `PLOTS`; that of training only if it has logged something.
+    Write the files of `PLOTS`. The plot of the training is left out if the training logged no loss.
 
     Args:
-        folder (`Path`): Where they go.
+        folder (`Path`): The folder to write to.
         outcomes (`Mapping[str, tuple[np.ndarray, np.ndarray]]`):
-            Scores and multi-hot labels by split, both `(rows, labels)`. The last split is the one that is reported.
-        per_label (`Sequence[Mapping]`): Figures of [`per_label_report`] of the last split, with `f1_at_0.5`.
+            Scores and multi-hot labels by split, both `(rows, labels)`. The plots of labels show the last split.
+        per_label (`Sequence[Mapping]`): The figures of [`per_label_report`] on the last split, with `f1_at_0.5`.
         threshold (`float`): The fitted global threshold.
-        history (`Sequence[Mapping]`): `Trainer`'s log.
-        kept_epoch (`float`, *optional*): When the checkpoint was saved that training ended with.
+        history (`Sequence[Mapping]`): The log of the `Trainer`.
+        kept_epoch (`float`, *optional*): The epoch of the checkpoint that was kept.
     """
     split, (scores, references) = list(outcomes.items())[-1]
     with matplotlib.rc_context(STYLE):
@@ -77,7 +77,7 @@ def write_plots(
 
 
 def threshold_figure(outcomes: Outcomes, threshold: float) -> Figure:
-    """Micro- and macro-F1 of each split at every threshold."""
+    """Plot micro- and macro-F1 of each split against the threshold."""
     figure, axes = _figure(7, 3.8)
     thresholds = np.linspace(0, 1, 201)
     for (split, (scores, references)), line in zip(outcomes.items(), ("-", "--"), strict=False):
@@ -94,7 +94,7 @@ def threshold_figure(outcomes: Outcomes, threshold: float) -> Figure:
 def f1_by_threshold(
     scores: np.ndarray, references: np.ndarray, thresholds: Iterable[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Micro- and macro-F1 at each of the thresholds, counted as [`multi_label_metrics`] does."""
+    """Return micro-F1 and macro-F1 at each threshold, as two arrays."""
     scores = np.asarray(scores, dtype=np.float64)
     by_label = [Counts.of(scores >= threshold, references).sum(axis=0) for threshold in thresholds]
     micro = [counts.sum().f_beta() for counts in by_label]
@@ -102,7 +102,7 @@ def f1_by_threshold(
 
 
 def label_figure(per_label: Sequence[Mapping[str, Any]], split: str) -> Figure:
-    """F1 of each label at the fitted thresholds as bars, and at 0.5 as marks; the best at the top."""
+    """Plot the F1 of each label: bars at the fitted thresholds, marks at 0.5, the best label at the top."""
     shown = sorted(per_label, key=lambda row: -row["support"])[:SHOWN_LABELS]
     shown.sort(key=lambda row: (row["f1"], row["f1_at_0.5"]))
     figure, axes = _figure(7, 1.2 + 0.2 * len(shown))
@@ -114,7 +114,7 @@ def label_figure(per_label: Sequence[Mapping[str, Any]], split: str) -> Figure:
     axes.set_yticks(places, [f"{_short(row['label'])} ({row['support']:,})" for row in shown])
     axes.grid(axis="y", visible=False)
     selection = "" if len(shown) == len(per_label) else f", the {len(shown)} most frequent"
-    title = f"{PLOTS['f1_by_label.png']}, {split} rows (their number in brackets{selection})"
+    title = f"{PLOTS['f1_by_label.png']}, {split} rows (support in brackets{selection})"
     axes.set(xlabel="F1", xlim=(0, 1.02), ylim=(-0.7, len(shown) - 0.3))
     figure.suptitle(title, x=0.01, ha="left", fontsize=STYLE["axes.titlesize"])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=2)
@@ -124,16 +124,23 @@ def label_figure(per_label: Sequence[Mapping[str, Any]], split: str) -> Figure:
 def precision_recall_figure(
     scores: np.ndarray, references: np.ndarray, per_label: Sequence[Mapping[str, Any]], split: str
 ) -> Figure:
-    """Precision against recall: of all decisions with the point of the fitted thresholds, and of up to 12 labels."""
+    """
+    Plot precision against recall, for all decisions together and for each label if there are at most 12.
+
+    Args:
+        scores, references (`np.ndarray` of shape `(rows, labels)`): Probabilities, and multi-hot labels.
+        per_label (`Sequence[Mapping]`): The figures of [`per_label_report`], at the fitted thresholds.
+        split (`str`): The name of the split, for the title.
+    """
     figure, axes = _figure(7, 4.2)
     known, references = np.asarray(references) >= 0, np.asarray(references) == 1
     looks = [(color, line) for line in ("-", "--") for color in (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)]
     for i, row in enumerate(per_label if len(per_label) <= len(looks) else ()):
         if not references[:, i].any():
-            continue  # nothing to recall
+            continue  # recall is undefined
         precision, recall, _ = precision_recall_curve(references[known[:, i], i], scores[known[:, i], i])
         color, line = looks[i]
-        # the number first: legends leave out names that begin with an underscore
+        # the number comes first, because legends leave out names that begin with an underscore
         label = f"{row['average_precision']:.3f}  {_short(row['label'])}"
         axes.plot(recall, precision, line, color=color, linewidth=1, drawstyle="steps-post", label=label)
     if references.any():
@@ -151,7 +158,7 @@ def precision_recall_figure(
 
 
 def training_figure(history: Sequence[Mapping[str, Any]], kept_epoch: float | None = None) -> Figure | None:
-    """Loss of training and validation rows, and F1 of validation rows, by epoch; `None` if nothing was logged."""
+    """Plot losses and the F1 of the validation rows by epoch. Returns `None` if no loss was logged."""
 
     def curve(axes: Axes, key: str, look: str, color: str, label: str) -> None:
         points = [(entry["epoch"], entry[key]) for entry in history if key in entry]
@@ -176,7 +183,7 @@ def training_figure(history: Sequence[Mapping[str, Any]], kept_epoch: float | No
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """A palette of 64 colours shows the same in a third of the bytes."""
+    """Save a figure with a palette of 64 colours, which looks the same and needs a third of the bytes."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64).save(path, optimize=True)
@@ -188,6 +195,6 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _short(name: str, length: int = 28) -> str:
-    """One line of a label's name."""
+    """Shorten the name of a label to one line."""
     name = " ".join(name.split())
     return name if len(name) <= length else f"{name[: length - 1]}…"
