@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, HfFileSystem, ModelCard, constants
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from support.hub_server import HubHandler, HubServer, card_errors
 from support.tiny_folder import CAPTIONS, write_folder, write_table
 from transformers import AutoConfig
@@ -24,13 +24,13 @@ CARD = f"""---
 license: mit
 pipeline_tag: image-classification
 library_name: transformers
-datasets: [user/pictures]
+datasets: [user/photos]
 base_model: [timm/densenet121.tv_in1k, google/bert_uncased_L-2_H-128_A-2]
 model-index:
 - name: {PLACEHOLDER}
   results:
   - task: {{type: image-classification}}
-    dataset: {{type: user/pictures, name: Pictures}}
+    dataset: {{type: user/photos, name: Photos}}
     metrics: [{{type: f1, value: 0.8}}]
 ---
 
@@ -71,7 +71,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def folder(original, tmp_path):
-    """A finished folder, with what is of no use to others next to it."""
+    """An output folder with files that must not be sent."""
     return shutil.copytree(original, tmp_path / "model")
 
 
@@ -85,7 +85,7 @@ def push(hub, folder):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """The client waits up to 23 seconds before it believes that a connection is broken."""
+    """Skip the waits of the client, which retries a broken connection for up to 23 seconds."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
@@ -95,7 +95,7 @@ def local_files(folder):
 
 
 def uploads(hub):
-    """How often each large file has arrived."""
+    """The number of uploads of each large file."""
     return Counter(
         request.path.split("?")[0] for request in hub.requests if request.method == "PUT" and request.status
     )
@@ -107,7 +107,7 @@ def set_threshold(folder, threshold):
     config.save_pretrained(folder)
 
 
-def test_one_commit_with_the_model_and_no_more(hub, folder, push, capsys):
+def test_one_commit_with_the_model_and_nothing_else(hub, folder, push, capsys):
     url = push()
     repo = hub.model(NAME)
     commit, first = repo.history()
@@ -127,7 +127,7 @@ def test_one_commit_with_the_model_and_no_more(hub, folder, push, capsys):
 
 def test_large_files_go_to_the_storage_without_the_token(hub, push):
     push()
-    assert uploads(hub).total() == 3  # weights, ONNX, picture
+    assert uploads(hub).total() == 3  # weights, ONNX, plot
     assert {request.token for request in hub.requests} == {hub.token, None}
     assert all((request.token is None) == (request.method == "PUT") for request in hub.requests)
 
@@ -145,8 +145,8 @@ def test_private(hub, push):
 
 
 @pytest.mark.parametrize("private, state", [(True, "public"), (False, "private")])
-def test_a_repository_that_others_see_otherwise(private, state, hub, push):
-    """`create_repo(private=True)` says nothing where a public repository is there already."""
+def test_visibility_that_contradicts_private_is_an_error(private, state, hub, push):
+    """`create_repo(private=True)` would leave a public repository public, without a message."""
     HfApi(endpoint=hub.endpoint, token=hub.token).create_repo(NAME, private=not private)
     with pytest.raises(
         ValueError, match=f"{NAME} is {state} and nothing was sent; change it to .* at .*/settings first"
@@ -187,7 +187,7 @@ def test_tags_do_not_move(options, message, hub, folder, push):
     assert len(hub.model(NAME).commits) == 2 and uploads(hub).total() == 3
 
 
-def test_the_next_model_takes_the_place_of_the_last(hub, folder, push):
+def test_the_next_model_replaces_the_last(hub, folder, push):
     push()
     repo, api = hub.model(NAME), HfApi(endpoint=hub.endpoint, token=hub.token)
     api.upload_file(path_or_fileobj=b"MIT", path_in_repo="LICENSE", repo_id=NAME)
@@ -207,7 +207,7 @@ def test_nothing_new_makes_no_commit(hub, push):
 
 
 @pytest.mark.parametrize("revision", [None, "precise"])
-def test_a_broken_upload_looks_like_nothing_and_goes_on(revision, hub, folder, push, impatient):
+def test_a_broken_upload_shows_no_file_and_can_be_continued(revision, hub, folder, push, impatient):
     if revision:
         push()
         (folder / "model.safetensors").write_bytes(other_weights(folder))
@@ -254,13 +254,13 @@ def test_a_connection_that_breaks_at_the_commit(hub, folder, push):
     assert set(uploads(hub).values()) == {1}
 
 
-def test_a_hub_with_a_problem(hub, push, monkeypatch):
+def test_an_error_of_the_hub(hub, push, monkeypatch):
     monkeypatch.setattr(HubHandler, "commit", None)  # status 500
     with pytest.raises(ConnectionError, match=r"the Hub has failed \(500: .*; repeat the push"):
         push()
 
 
-def test_a_push_that_came_between_is_not_undone(hub, push, monkeypatch):
+def test_a_commit_made_at_the_same_time_is_kept(hub, push, monkeypatch):
     api, list_files = HfApi(endpoint=hub.endpoint, token=hub.token), HfApi.list_repo_files
 
     def list_and_lose_the_race(*args, **options):
@@ -308,7 +308,7 @@ class TestToken:
         assert hub.model(NAME).files()
 
     @pytest.mark.parametrize("name", ["club/toys", "stranger/toys", "USER/toys"])
-    def test_a_place_of_others(self, name, hub, push):
+    def test_a_namespace_of_others(self, name, hub, push):
         message = self.fails(push, repo_id=name)
         assert message.startswith(f"user cannot write to {name} with this token; check the name before the slash")
         assert f'the rights to create a model under the namespace "{name.split("/")[0]}"' in message
@@ -326,7 +326,7 @@ class TestToken:
 @pytest.mark.parametrize(
     "name", ["toys", "a/b/c", "user/", "user/to ys", "user/to--ys", "user/.toys", "user/toys.git"]
 )
-def test_names_that_cannot_be(name, hub, push):
+def test_invalid_names(name, hub, push):
     with pytest.raises(ValueError, match=re.escape(repr(name))):
         push(repo_id=name)
     assert hub.requests == []
@@ -376,7 +376,7 @@ def test_a_card_that_the_hub_refuses(hub, folder, push):
     assert set(hub.model(NAME).files()) == {".gitattributes"} and uploads(hub) == {}
 
 
-def test_no_hub_in_reach(push, monkeypatch):
+def test_unreachable_hub(push, monkeypatch):
     with HubServer() as gone:
         pass
     with pytest.raises(ConnectionError, match=f"{gone.endpoint} cannot be reached"):
@@ -455,77 +455,23 @@ def test_push_and_pull_and_the_example(hub, folder, push, tmp_path):
     assert len(hub.requests) == asked
 
 
-class TestServer:
-    """What else the server must be right about, so that tests can build on it."""
-
-    @pytest.fixture
-    def api(self, hub):
-        api = HfApi(endpoint=hub.endpoint, token=hub.token)
-        api.create_repo(NAME)
-        files = {"README.md": CARD.encode(), "a/b/c.txt": b"c", "a/d.txt": b"d", "e.safetensors": bytes(range(200))}
-        api.create_commit(NAME, [CommitOperationAdd(*file) for file in files.items()], commit_message="First")
-        return api
-
-    def test_lists(self, api):
-        top = {entry.path: getattr(entry, "size", None) for entry in api.list_repo_tree(NAME)}
-        assert set(top) == {".gitattributes", "README.md", "a", "e.safetensors"} and top["e.safetensors"] == 200
-        assert {entry.path for entry in api.list_repo_tree(NAME, "a")} == {"a/b", "a/d.txt"}
-        assert {entry.path for entry in api.list_repo_tree(NAME, "a", recursive=True)} == {
-            "a/b",
-            "a/b/c.txt",
-            "a/d.txt",
-        }
-        assert [entry.path for entry in api.get_paths_info(NAME, ["a/d.txt", "z"])] == ["a/d.txt"]
-        info = api.model_info(NAME, files_metadata=True)
-        weights = next(sibling for sibling in info.siblings if sibling.rfilename == "e.safetensors")
-        assert weights.lfs.size == 200 and info.pipeline_tag == "image-classification"
-        assert info.card_data.license == "mit"
-        with pytest.raises(EntryNotFoundError):
-            list(api.list_repo_tree(NAME, "z"))
-
-    def test_history(self, hub, api, tmp_path):
-        first = api.model_info(NAME).sha
-        api.delete_folder("a", NAME)
-        assert "a/d.txt" not in api.list_repo_files(NAME) and "a/d.txt" in api.list_repo_files(NAME, revision=first)
-        for revision in (first, first[:7]):
-            file = api.hf_hub_download(NAME, "a/d.txt", revision=revision, cache_dir=tmp_path / revision)
-            assert Path(file).read_bytes() == b"d"
-        api.create_tag(NAME, tag="old", revision=first)
-        api.create_branch(NAME, branch="side", revision="old")
-        api.upload_file(path_or_fileobj=b"f", path_in_repo="f.txt", repo_id=NAME, revision="side")
-        assert {"a/d.txt", "f.txt"} <= set(api.list_repo_files(NAME, revision="side"))
-        api.delete_branch(NAME, branch="side")
-        api.delete_tag(NAME, tag="old")
-        refs = api.list_repo_refs(NAME)
-        assert [branch.name for branch in refs.branches] == ["main"] and refs.tags == []
-        with pytest.raises(HfHubHTTPError, match="Invalid rev id: side"):
-            api.list_repo_files(NAME, revision="side")
-
-    def test_part_of_a_file(self, api, tmp_path):
-        with HfFileSystem(endpoint=api.endpoint, token=api.token).open(f"{NAME}/e.safetensors") as file:
-            file.seek(150)
-            assert file.read(10) == bytes(range(150, 160))
-
-    @pytest.mark.parametrize(
-        "metadata, error",
-        [
-            (dict(license="MIT"), '"license" must be one of'),
-            (dict(pipeline_tag="image-text-classification"), '"pipeline_tag" must be one of'),
-            (dict(base_model="/home/models/bert"), '"base_model" with value "/home/models/bert" is not valid'),
-            (dict(datasets=["toys", "my own pictures"]), '"datasets" with value "my own pictures" is not valid'),
-            (dict(language="English"), '"language" must be a code'),
-            (dict(tags=["image", 3]), '"tags" must be text, not 3'),
-            ({"model-index": [dict(results=[])]}, r'"\[0\].name" is required'),
-            ({"model-index": [dict(name="a", results=[dict(metrics=[{}])])]}, r'"\[0\].results\[0\].dataset.name"'),
-            (
-                {"model-index": [dict(name="a", results=[dict(metrics=[{}])])]},
-                r'"\[0\].results\[0\].metrics\[0\].value"',
-            ),
-        ],
-    )
-    def test_cards(self, metadata, error):
-        assert any(re.match(error, found) for found in card_errors(metadata))
-        assert (
-            card_errors({"license": "mit", "tags": ["a"], "language": "en", "base_model": "bert", "datasets": []})
-            == []
-        )
+@pytest.mark.parametrize(
+    "metadata, error",
+    [
+        (dict(license="MIT"), '"license" must be one of'),
+        (dict(pipeline_tag="image-text-classification"), '"pipeline_tag" must be one of'),
+        (dict(base_model="/home/models/bert"), '"base_model" with value "/home/models/bert" is not valid'),
+        (dict(datasets=["toys", "my own photos"]), '"datasets" with value "my own photos" is not valid'),
+        (dict(language="English"), '"language" must be a code'),
+        (dict(tags=["image", 3]), '"tags" must be text, not 3'),
+        ({"model-index": [dict(results=[])]}, r'"\[0\].name" is required'),
+        ({"model-index": [dict(name="a", results=[dict(metrics=[{}])])]}, r'"\[0\].results\[0\].dataset.name"'),
+        (
+            {"model-index": [dict(name="a", results=[dict(metrics=[{}])])]},
+            r'"\[0\].results\[0\].metrics\[0\].value"',
+        ),
+    ],
+)
+def test_cards_that_the_stand_in_for_the_hub_refuses(metadata, error):
+    assert any(re.match(error, found) for found in card_errors(metadata))
+    assert card_errors({"license": "mit", "tags": ["a"], "language": "en", "base_model": "bert", "datasets": []}) == []

@@ -1,21 +1,20 @@
 """
-A Hub on the loopback: the part of the Hub's HTTP API that the real `huggingface_hub` client uses to push and pull.
+A Hub on the loopback: the part of the HTTP API of the Hub with which `huggingface_hub` pushes and loads models.
 
-Repositories (models and data sets, `namespace/name`) have a history: a commit is atomic and holds a whole tree, so
-each revision (branch, tag, full or shortened sha) loads what it had. As on the Hub there are two servers. The Hub
-itself knows tokens; large files go to a storage with its own origin, which takes signed URLs and refuses tokens.
+Model repositories (`namespace/name`) have a history. A commit is atomic and holds a whole tree, so each revision
+(branch, tag or sha) loads its own files. There are two servers, as for the Hub: the Hub itself knows tokens; large
+files are in a storage with its own origin, which takes signed URLs and refuses tokens.
 
     with HubServer() as hub:
         HfApi(endpoint=hub.endpoint, token=hub.token).create_repo("user/model")
         subprocess.run(command, env=hub.environment(tmp_path))  # a process for which this is the Hub
 
-There is one account, `user`, that may write to the organisation `team` and only read in `club`. It has three tokens:
-`token` (role write), `read_token` and `fine_token` (a fine-grained one that grants nothing but reading). `requests`
-lists what was asked; `cut` breaks connections in the middle of a request.
+There is one account, `user`, which may write to the organisation `team` and only read in `club`. It has three tokens:
+`token` (role write), `read_token` and `fine_token` (fine-grained, without the right to write). `requests` lists the
+requests, and `cut` breaks connections in the middle of a request.
 
-Uploads need a client without Xet (`HF_HUB_DISABLE_XET=1`, which `environment` sets). Not here: pull requests, pages
-of long lists, uploads in several parts. Cards are judged more strictly than by the Hub: it only warns of a
-`pipeline_tag` that it does not know, here that is an error.
+Uploads need a client without Xet (`HF_HUB_DISABLE_XET=1`, which `environment` sets). Cards are judged more strictly
+than by the Hub, which only warns of an unknown `pipeline_tag`.
 """
 
 import base64
@@ -118,7 +117,6 @@ def git_hash(kind: str, content: bytes) -> str:
 class Repository:
     """`objects` are the large files that have arrived, committed or not, by their sha256."""
 
-    kind: str  # "models" or "datasets"
     id: str
     private: bool
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -130,11 +128,6 @@ class Repository:
     def namespace(self) -> str:
         return self.id.split("/")[0]
 
-    @property
-    def path(self) -> str:
-        """Where it is below the Hub's address."""
-        return self.id if self.kind == "models" else f"{self.kind}/{self.id}"
-
     def commit(self, branch: str, title: str, message: str, tree: Mapping[str, Blob]) -> Commit:
         commit = Commit(self.branches.get(branch), title, message, tree)
         self.commits[commit.sha] = commit
@@ -142,11 +135,9 @@ class Repository:
         return commit
 
     def at(self, revision: str = "main") -> Commit:
-        """The commit that a branch, a tag or a sha of at least seven digits stands for."""
-        sha = self.branches.get(revision) or self.tags.get(revision)
-        if sha is None and re.fullmatch("[0-9a-f]{7,40}", revision):
-            sha = next((sha for sha in self.commits if sha.startswith(revision)), None)
-        if sha is None:
+        """The commit of a branch, a tag or a sha."""
+        sha = self.branches.get(revision) or self.tags.get(revision) or revision
+        if sha not in self.commits:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.commits[sha]
 
@@ -314,47 +305,35 @@ class Handler(BaseHTTPRequestHandler):
         except Exception:  # what a test would else only see as a broken connection
             return Answer({"error": traceback.format_exc()}, 500)
 
-    def part_of(self, content: bytes, headers: Mapping[str, str]) -> Answer:
-        """All of it, or the range that was asked for."""
-        headers = {"Accept-Ranges": "bytes", **headers}
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not match:
-            return Answer(content, 200, headers)
-        first, last = int(match[1]), min(int(match[2] or len(content)), len(content) - 1)
-        if first > last:
-            raise HubError(416, "Range not satisfiable", **{"Content-Range": f"bytes */{len(content)}"})
-        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-        return Answer(content[first : last + 1], 206, headers)
-
 
 class StorageHandler(Handler):
     """Where large files lie: whoever has a signed URL may read or write one."""
 
     routes = [
-        ("PUT", "/(models|datasets)/(.+)/([0-9a-f]{64})", "put"),
-        ("GET HEAD", "/(models|datasets)/(.+)/([0-9a-f]{64})", "get"),
+        ("PUT", "/models/(.+)/([0-9a-f]{64})", "put"),
+        ("GET HEAD", "/models/(.+)/([0-9a-f]{64})", "get"),
     ]
 
-    def objects(self, kind: str, name: str) -> dict[str, bytes]:
+    def objects(self, name: str) -> dict[str, bytes]:
         if self.token:
             raise HubError(400, "Only one auth mechanism allowed: signature or token")
         if self.query.get("signature") != [self.hub.sign(self.command, urlsplit(self.path).path)]:
             raise HubError(403, "SignatureDoesNotMatch")
-        return self.hub.repos[kind, name].objects
+        return self.hub.repos[name].objects
 
-    def put(self, kind: str, name: str, oid: str) -> Answer:
-        objects = self.objects(kind, name)
+    def put(self, name: str, oid: str) -> Answer:
+        objects = self.objects(name)
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise HubError(400, "XAmzContentSHA256Mismatch")
         objects[oid] = self.body
         return Answer()
 
-    def get(self, kind: str, name: str, oid: str) -> Answer:
-        return self.part_of(self.objects(kind, name)[oid], {"ETag": f'"{oid}"'})
+    def get(self, name: str, oid: str) -> Answer:
+        return Answer(self.objects(name)[oid], headers={"ETag": f'"{oid}"'})
 
 
 REPO = r"([\w.-]+/[\w.-]+)"
-API = f"/api/(models|datasets)/{REPO}"
+API = f"/api/models/{REPO}"
 
 
 class HubHandler(Handler):
@@ -366,16 +345,13 @@ class HubHandler(Handler):
         ("GET", f"{API}/refs", "refs"),
         ("GET", f"{API}/commits/([^/]+)", "commits"),
         ("GET", f"{API}/tree/([^/]+)(?:/(.+))?", "tree"),
-        ("POST", f"{API}/paths-info/([^/]+)", "paths_info"),
         ("POST", f"{API}/preupload/([^/]+)", "preupload"),
         ("POST", f"{API}/commit/([^/]+)", "commit"),
         ("POST", f"{API}/branch/([^/]+)", "create_branch"),
-        ("DELETE", f"{API}/branch/([^/]+)", "delete_branch"),
         ("POST", f"{API}/tag/([^/]+)", "create_tag"),
-        ("DELETE", f"{API}/tag/([^/]+)", "delete_tag"),
-        ("POST", rf"/(datasets/)?{REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
-        ("POST", rf"/(datasets/)?{REPO}\.git/info/lfs/objects/verify", "lfs_verify"),
-        ("GET HEAD", f"/(datasets/)?{REPO}/resolve/([^/]+)/(.+)", "resolve"),
+        ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
+        ("POST", rf"/{REPO}\.git/info/lfs/objects/verify", "lfs_verify"),
+        ("GET HEAD", f"/{REPO}/resolve/([^/]+)/(.+)", "resolve"),
     ]
 
     def role(self) -> str | None:
@@ -387,16 +363,16 @@ class HubHandler(Handler):
     def may_write(self, namespace: str) -> bool:
         return self.role() == "write" and {USER: "write", **ORGANISATIONS}.get(namespace) == "write"
 
-    def repo(self, kind: str, name: str) -> Repository:
+    def repo(self, name: str) -> Repository:
         """A repository to read from; one that may not be seen is as if it were not there."""
-        repo, role = self.hub.repos.get((kind.rstrip("/") or "models", name)), self.role()
+        repo, role = self.hub.repos.get(name), self.role()
         if repo is None or (repo.private and (role is None or repo.namespace not in (USER, *ORGANISATIONS))):
             raise HubError(401 if role is None else 404, "Repository not found", "RepoNotFound")
         return repo
 
-    def own_repo(self, kind: str, name: str) -> Repository:
+    def own_repo(self, name: str) -> Repository:
         """A repository to write to."""
-        repo = self.repo(kind, name)
+        repo = self.repo(name)
         if not self.may_write(repo.namespace):
             raise HubError(403, "pass `create_pr=1` as a query parameter to create a Pull Request")
         return repo
@@ -414,28 +390,23 @@ class HubHandler(Handler):
 
     def create(self) -> Answer:
         wanted = json.loads(self.body)
-        kind, namespace = wanted.get("type", "model") + "s", wanted.get("organization") or USER
+        namespace = wanted.get("organization") or USER
         if not self.may_write(namespace):
-            message = f'You don\'t have the rights to create a {kind[:-1]} under the namespace "{namespace}"'
-            raise HubError(403, message)
-        repo = Repository(kind, f"{namespace}/{wanted['name']}", private=wanted.get("visibility") == "private")
-        answer = {"url": f"{self.hub.endpoint}/{repo.path}", "name": repo.id}
-        if (kind, repo.id) in self.hub.repos:
-            return Answer({"error": f"You already created this {kind[:-1]} repo", **answer}, 409)
+            raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
+        repo = Repository(f"{namespace}/{wanted['name']}", private=wanted.get("visibility") == "private")
+        answer = {"url": f"{self.hub.endpoint}/{repo.id}", "name": repo.id}
+        if repo.id in self.hub.repos:
+            return Answer({"error": "You already created this model repo", **answer}, 409)
         attributes = "".join(f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES.split())
         repo.commit("main", "initial commit", "", {".gitattributes": Blob(attributes.encode())})
-        self.hub.repos[kind, repo.id] = repo
+        self.hub.repos[repo.id] = repo
         return Answer(answer)
 
-    def info(self, kind: str, name: str, revision: str) -> Answer:
-        repo = self.repo(kind, name)
+    def info(self, name: str, revision: str) -> Answer:
+        repo = self.repo(name)
         commit = repo.at(revision or "main")
         card = read_card(commit.tree["README.md"].content.decode()) if "README.md" in commit.tree else {}
-        siblings: list[dict[str, Any]] = [{"rfilename": path} for path in sorted(commit.tree)]
-        if "blobs" in self.query:
-            for sibling in siblings:
-                blob = commit.tree[sibling["rfilename"]]
-                sibling |= {"size": len(blob.content), "blobId": blob.oid, **blob.lfs_entry}
+        siblings = [{"rfilename": path} for path in sorted(commit.tree)]
         return Answer(
             {
                 **{key: card[key] for key in ("pipeline_tag", "library_name", "model-index") if key in card},
@@ -446,8 +417,8 @@ class HubHandler(Handler):
             }
         )
 
-    def refs(self, kind: str, name: str) -> Answer:
-        repo = self.repo(kind, name)
+    def refs(self, name: str) -> Answer:
+        repo = self.repo(name)
 
         def listed(refs: dict[str, str], folder: str) -> list[dict[str, str]]:
             return [{"name": ref, "ref": f"refs/{folder}/{ref}", "targetCommit": sha} for ref, sha in refs.items()]
@@ -455,36 +426,24 @@ class HubHandler(Handler):
         branches, tags = listed(repo.branches, "heads"), listed(repo.tags, "tags")
         return Answer({"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
 
-    def commits(self, kind: str, name: str, revision: str) -> Answer:
+    def commits(self, name: str, revision: str) -> Answer:
         return Answer(
             [
                 {"id": c.sha, "title": c.title, "message": c.message, "date": c.date, "authors": [{"user": USER}]}
-                for c in self.repo(kind, name).history(revision)
+                for c in self.repo(name).history(revision)
             ]
         )
 
-    def create_branch(self, kind: str, name: str, branch: str) -> Answer:
-        repo = self.own_repo(kind, name)
+    def create_branch(self, name: str, branch: str) -> Answer:
+        repo = self.own_repo(name)
         self.check_new(repo.branches, branch)
         repo.branches[branch] = repo.at(json.loads(self.body).get("startingPoint", "main")).sha
         return Answer()
 
-    def delete_branch(self, kind: str, name: str, branch: str) -> Answer:
-        if branch == "main":
-            raise HubError(403, "Cannot delete the branch main")
-        if self.own_repo(kind, name).branches.pop(branch, None) is None:
-            raise HubError(404, f"No branch {branch}", "RevisionNotFound")
-        return Answer()
-
-    def create_tag(self, kind: str, name: str, revision: str) -> Answer:
-        repo, tag = self.own_repo(kind, name), json.loads(self.body)["tag"]
+    def create_tag(self, name: str, revision: str) -> Answer:
+        repo, tag = self.own_repo(name), json.loads(self.body)["tag"]
         self.check_new(repo.tags, tag)
         repo.tags[tag] = repo.at(revision).sha
-        return Answer()
-
-    def delete_tag(self, kind: str, name: str, tag: str) -> Answer:
-        if self.own_repo(kind, name).tags.pop(tag, None) is None:
-            raise HubError(404, f"No tag {tag}", "RevisionNotFound")
         return Answer()
 
     def check_new(self, refs: Mapping[str, str], name: str) -> None:
@@ -504,8 +463,8 @@ class HubHandler(Handler):
             found[path] = {"type": "file", "oid": blob.oid, "size": size, "path": path, **blob.lfs_entry}
         return found
 
-    def tree(self, kind: str, name: str, revision: str, folder: str) -> Answer:
-        entries = self.entries(self.repo(kind, name).at(revision).tree)
+    def tree(self, name: str, revision: str, folder: str) -> Answer:
+        entries = self.entries(self.repo(name).at(revision).tree)
         if folder and entries.get(folder, {}).get("type") != "directory":
             raise HubError(404, f"{folder} does not exist on {revision}", "EntryNotFound")
         prefix = f"{folder}/" if folder else ""
@@ -514,13 +473,8 @@ class HubHandler(Handler):
             below = [entry for entry in below if "/" not in entry["path"].removeprefix(prefix)]
         return Answer(below)
 
-    def paths_info(self, kind: str, name: str, revision: str) -> Answer:
-        entries = self.entries(self.repo(kind, name).at(revision).tree)
-        paths = (path.rstrip("/") for path in parse_qs(self.body.decode()).get("paths", []))
-        return Answer([entries[path] for path in paths if path in entries])
-
-    def resolve(self, kind: str, name: str, revision: str, path: str) -> Answer:
-        repo = self.repo(kind, name)
+    def resolve(self, name: str, revision: str, path: str) -> Answer:
+        repo = self.repo(name)
         commit = repo.at(revision)
         headers = {"X-Repo-Commit": commit.sha}
         if path not in commit.tree:
@@ -528,28 +482,27 @@ class HubHandler(Handler):
         blob = commit.tree[path]
         headers["ETag"] = f'"{blob.etag}"'
         if not blob.lfs:
-            return self.part_of(blob.content, headers)
+            return Answer(blob.content, headers=headers)
         headers |= {"X-Linked-Size": str(len(blob.content)), "X-Linked-ETag": headers["ETag"]}
         return Answer(b"", 302, {**headers, "Location": self.hub.signed_url("GET", repo, blob.sha256)})
 
-    def judge(self, content: str, kind: str) -> list[str]:
+    def judge(self, content: str) -> list[str]:
         try:
-            card = read_card(content)
+            return card_errors(read_card(content))
         except ValueError as error:
             return [str(error)]
-        return card_errors(card) if kind == "model" else []
 
     def validate(self) -> Answer:
         asked = json.loads(self.body)
-        errors = self.judge(asked["content"], asked.get("repoType", "model"))
+        errors = self.judge(asked["content"])
         has_metadata = bool(errors or read_card(asked["content"]))
         warnings = [] if has_metadata else ["empty or missing yaml metadata in repo card"]
         texts = {"errors": errors, "warnings": warnings}
         answer = {key: [{"message": text} for text in values] for key, values in texts.items()}
         return Answer(answer, 400 if errors else 200)
 
-    def preupload(self, kind: str, name: str, revision: str) -> Answer:
-        tree = self.own_repo(kind, name).at(revision).tree
+    def preupload(self, name: str, revision: str) -> Answer:
+        tree = self.own_repo(name).at(revision).tree
         attributes = tree[".gitattributes"].content.decode() if ".gitattributes" in tree else ""
         patterns = [line.split()[0] for line in attributes.splitlines() if "filter=lfs" in line]
         files = []
@@ -562,9 +515,9 @@ class HubHandler(Handler):
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **there})
         return Answer({"files": files})
 
-    def lfs_batch(self, kind: str, name: str) -> Answer:
-        repo, objects = self.own_repo(kind, name), []
-        verify = {"href": f"{self.hub.endpoint}/{repo.path}.git/info/lfs/objects/verify"}
+    def lfs_batch(self, name: str) -> Answer:
+        repo, objects = self.own_repo(name), []
+        verify = {"href": f"{self.hub.endpoint}/{repo.id}.git/info/lfs/objects/verify"}
         for wanted in json.loads(self.body)["objects"]:
             oid = wanted["oid"]
             upload = {"upload": {"href": self.hub.signed_url("PUT", repo, oid)}, "verify": verify}
@@ -572,14 +525,14 @@ class HubHandler(Handler):
             objects.append({"oid": oid, "size": wanted["size"], **actions})
         return Answer({"transfer": "basic", "objects": objects})
 
-    def lfs_verify(self, kind: str, name: str) -> Answer:
-        repo, asked = self.own_repo(kind, name), json.loads(self.body)
+    def lfs_verify(self, name: str) -> Answer:
+        repo, asked = self.own_repo(name), json.loads(self.body)
         if len(repo.objects.get(asked["oid"], b"")) != asked["size"]:
             raise HubError(404, f"LFS object not found: {asked['oid']}")
         return Answer({})
 
-    def commit(self, kind: str, name: str, branch: str) -> Answer:
-        repo = self.own_repo(kind, name)
+    def commit(self, name: str, branch: str) -> Answer:
+        repo = self.own_repo(name)
         head = repo.at(branch)
         if branch not in repo.branches:
             raise HubError(400, f"{branch} is not a branch")
@@ -589,10 +542,10 @@ class HubHandler(Handler):
         tree = dict(head.tree)
         for operation in operations:
             self.apply(operation["key"], operation["value"], tree, repo)
-        if "README.md" in tree and (errors := self.judge(tree["README.md"].content.decode(), kind[:-1])):
+        if "README.md" in tree and (errors := self.judge(tree["README.md"].content.decode())):
             raise HubError(400, f"Invalid metadata in README.md: {errors}")
         commit = repo.commit(branch, header["value"]["summary"], header["value"]["description"], tree)
-        url = f"{self.hub.endpoint}/{repo.path}/commit/{commit.sha}"
+        url = f"{self.hub.endpoint}/{repo.id}/commit/{commit.sha}"
         return Answer({"success": True, "commitOid": commit.sha, "commitUrl": url, "hookOutput": ""})
 
     def apply(self, key: str, value: dict[str, Any], tree: dict[str, Blob], repo: Repository) -> None:
@@ -607,9 +560,6 @@ class HubHandler(Handler):
         elif key == "deletedFile":
             if tree.pop(path, None) is None:
                 raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-        elif key == "deletedFolder":
-            for name in [name for name in tree if name.startswith(f"{path.rstrip('/')}/")]:
-                del tree[name]
         else:
             raise HubError(400, f"Unknown operation {key}")
 
@@ -629,7 +579,7 @@ class HubServer:
 
     def __init__(self):
         self.tokens = {self.token: "write", self.read_token: "read", self.fine_token: "fineGrained"}
-        self.repos: dict[tuple[str, str], Repository] = {}
+        self.repos: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.lock = threading.Lock()
         self._cut: tuple[str, int] | None = None
@@ -649,16 +599,16 @@ class HubServer:
 
     def model(self, name: str) -> Repository:
         """The repository of a model; `KeyError` for none."""
-        return self.repos["models", name]
+        return self.repos[name]
 
     def add_model(self, name: str, folder: Path) -> Repository:
         """A public model of anybody's with the files of a folder."""
-        repo = Repository("models", name, private=False)
+        repo = Repository(name, private=False)
         large = tuple(f".{suffix}" for suffix in LFS_SUFFIXES.split())
         tree = {file.name: Blob(file.read_bytes(), file.name.endswith(large)) for file in folder.iterdir()}
         repo.objects = {blob.sha256: blob.content for blob in tree.values() if blob.lfs}
         repo.commit("main", "Add files", "", tree)
-        self.repos["models", name] = repo
+        self.repos[name] = repo
         return repo
 
     def environment(self, home: Path, token: str | None = token) -> dict[str, str]:
@@ -693,5 +643,5 @@ class HubServer:
         return hashlib.sha256(f"{self._key} {verb} {path}".encode()).hexdigest()
 
     def signed_url(self, method: str, repo: Repository, oid: str) -> str:
-        path = f"/{repo.kind}/{repo.id}/{oid}"
+        path = f"/models/{repo.id}/{oid}"
         return f"{self._servers[1].url}{path}?signature={self.sign(method, path)}"
