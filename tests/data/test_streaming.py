@@ -249,8 +249,6 @@ def test_a_killed_stream_continues_with_the_rows_that_were_next(folder, tmp_path
     given = ["--max_steps", "40", "--save_steps", "5", "--dataloader_num_workers", "2", "--eval_strategy", "no"]
     given += ["--load_best_model_at_end", "false"]
     whole = run(tmp_path / "whole", *flags(folder, tmp_path / "m1", *given))
-    output, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0, output
     killed = run(tmp_path / "killed", *flags(folder, tmp_path / "m2", *given))
     deadline = time.monotonic() + 240
     while not list((tmp_path / "m2" / "checkpoints").glob("checkpoint-*/trainer_state.json")):
@@ -258,6 +256,8 @@ def test_a_killed_stream_continues_with_the_rows_that_were_next(folder, tmp_path
         time.sleep(0.01)
     killed.kill()
     killed.communicate()
+    output, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, output
     resumed = run(tmp_path / "resumed", *flags(folder, tmp_path / "m2", *given, "--resume_from_checkpoint", "true"))
     output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output

@@ -80,8 +80,10 @@ def push_to_hub(
     """
     Push an output folder to the Hub as one commit: weights, code, preprocessing, card, plots and figures.
 
-    The files are sent first and the commit is made last, so that a repository never shows half a model. After a
-    broken connection the same call continues: files that have arrived are not sent again. The same commit deletes
+    The files are sent first and the commit is made last, so that a repository does not show half a model. There is
+    one exception: with Xet storage, huggingface_hub splits the commit of more than 20 files in two if the Hub rejects
+    it six times in a row. After a broken connection the same call continues: files that have arrived are not sent
+    again. The same commit deletes
     files of an earlier model that this one does not have; other files, such as a licence, stay. In the card,
     `your-name/your-model` becomes `repo_id`.
 
@@ -118,7 +120,6 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as stage, _explained(api, repo_id, account):
         _link_files(folder, files, Path(stage), repo_id)
         head = _ready_branch(api, repo_id, private, branch, tag)
-        # With Xet, huggingface_hub commits more than 20 files twice if the Hub fails six times before it accepts.
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=stage,
@@ -222,7 +223,7 @@ def _ready_branch(api: HfApi, repo_id: str, private: bool | None, branch: str, t
 @contextmanager
 def _explained(api: HfApi, repo_id: str, account: str) -> Iterator[None]:
     """Turn errors of the Hub into one line that says what happened and what to do."""
-    interrupted = f"repeat the push to continue where it stopped; {repo_id} shows no file before all have arrived"
+    interrupted = f"repeat the push to continue where it stopped; the commit in {repo_id} comes after all files"
     try:
         yield
     except HfHubHTTPError as error:
