@@ -379,6 +379,23 @@ def test_an_interrupted_run_is_resumed(table, tmp_path, monkeypatch):
     assert record["resumed"] and (output / "config.json").exists() and not (output / "checkpoints").exists()
 
 
+def test_resuming_with_other_texts_for_a_trained_tokenizer_is_refused(tmp_path, monkeypatch):
+    table, output, training_step = write_table(tmp_path / "table"), tmp_path / "m", MMClfTrainer.training_step
+    flags = ["--save_strategy", "steps", "--eval_strategy", "steps", "--save_steps", "1", "--eval_steps", "1"]
+
+    def interrupted(self, *args):
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return training_step(self, *args)
+
+    monkeypatch.setattr(MMClfTrainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(table, output, *flags, "--max_steps", "3")
+    table.write_text(table.read_text().replace("small", "tall"))
+    with pytest.raises(ValueError, match="another tokenizer.*resume with the table of that run"):
+        run(table, output, *flags, "--max_steps", "3", "--resume_from_checkpoint", "true")
+
+
 def test_a_resumed_stream_under_accumulation_skips_the_batches_that_were_used(table, tmp_path, monkeypatch):
     rows = [
         {"image": row["file"], "text": row["words"], "labels": row["tags"]} for row in csv.DictReader(table.open())

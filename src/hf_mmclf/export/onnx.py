@@ -193,7 +193,12 @@ def _record(predictor: Predictor) -> dict[str, Any]:
 
 
 def image_record(processor: MMClfImageProcessor) -> dict[str, Any]:
-    """Return the settings of an image processor; `ValueError` if it does not fit images into a square."""
+    """
+    Return the settings of an image processor.
+
+    Raises:
+        `ValueError`: if the processor does not fit images into a square.
+    """
     if not (processor.do_resize and processor.do_center_crop):
         raise ValueError("cannot export an image processor whose do_resize or do_center_crop is off")
     return {
@@ -206,7 +211,12 @@ def image_record(processor: MMClfImageProcessor) -> dict[str, Any]:
 
 
 def tokenizer_record(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return `tokenizer.json` with the processor's truncation and padding; `ValueError` for a slow tokenizer."""
+    """
+    Return `tokenizer.json` with the processor's truncation and padding.
+
+    Raises:
+        `ValueError`: if the tokenizer is a slow one, which has no such file.
+    """
     if not tokenizer.is_fast:
         raise ValueError(f"cannot export a {type(tokenizer).__name__}, which has no tokenizer.json")
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -94,7 +94,16 @@ def threshold_figure(outcomes: Outcomes, threshold: float) -> Figure:
 def f1_by_threshold(
     scores: np.ndarray, references: np.ndarray, thresholds: Iterable[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return micro-F1 and macro-F1 at each threshold, as two arrays."""
+    """
+    Compute micro-F1 and macro-F1 at several thresholds.
+
+    Args:
+        scores, references (`np.ndarray` of shape `(rows, labels)`): Probabilities, and multi-hot labels.
+        thresholds (`Iterable[float]`): The thresholds.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Micro-F1 and macro-F1, each of shape `(thresholds,)`.
+    """
     scores = np.asarray(scores, dtype=np.float64)
     by_label = [Counts.of(scores >= threshold, references).sum(axis=0) for threshold in thresholds]
     micro = [counts.sum().f_beta() for counts in by_label]

@@ -28,6 +28,17 @@ class Attention(nn.Module):
         self.value = nn.Linear(key_width, width)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Attend from query tokens to key tokens.
+
+        Args:
+            queries (`torch.Tensor` of shape `(batch, queries, query_width)`): The query tokens.
+            keys (`torch.Tensor` of shape `(batch, keys, key_width)`): The key and value tokens.
+            key_mask (`torch.Tensor` of shape `(batch, keys)`): Which key tokens count.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, queries, width)`.
+        """
         query, key, value = (
             x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, width / heads)
             for x in (self.query(queries), self.key(keys), self.value(keys))
@@ -80,12 +91,12 @@ def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class Fusion(nn.Module):
-    """Image and text tokens in, one vector for each modality out; the kinds are described in [`MMClfConfig`]."""
+    """Fuse image and text tokens into one vector for each modality. [`MMClfConfig`] describes the kinds of fusion."""
 
     def __init__(self, config: MMClfConfig, image_width: int, text_width: int):
         super().__init__()
         self.kind = config.fusion
-        widths = {  # of the tokens that ask and of those that answer, for the image-side vector
+        widths = {  # of the query tokens and of the key tokens of the attention on the image side
             "self": (image_width, image_width),
             "cross_text": (text_width, image_width),
             "cross_image": (image_width, text_width),
@@ -98,6 +109,16 @@ class Fusion(nn.Module):
     def forward(
         self, image: torch.Tensor, image_mask: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Fuse the tokens of both modalities.
+
+        Args:
+            image, text (`torch.Tensor` of shape `(batch, tokens, width)`): Image tokens and text tokens.
+            image_mask, text_mask (`torch.Tensor` of shape `(batch, tokens)`): Which tokens count.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: One vector for each modality, `(batch, width)`.
+        """
         mask = image_mask  # of the tokens that end up on the image side
         if self.kind == "cross_text":
             image, mask = self.image_attention(text, image, image_mask), text_mask

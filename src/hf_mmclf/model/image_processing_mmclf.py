@@ -157,7 +157,13 @@ class MMClfImageProcessor(TorchvisionBackend):
         return super()._standardize_kwargs(size=SizeDict(longest_edge=edge), crop_size=square, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Load paths, URLs and bytes by [`read_image`]; pass images through, in lists of any depth."""
+        """
+        Load paths, URLs and bytes by [`read_image`], and return images as they are, in lists of any depth.
+
+        Raises:
+            `ValueError`: if a list is empty or an image cannot be read.
+            `TypeError`: if an input is not an image.
+        """
         images = image_url_or_urls
         if isinstance(images, Mapping) and {"bytes", "path"} & set(images):
             images = images["path"] if images.get("bytes") is None else images["bytes"]
@@ -179,7 +185,12 @@ class MMClfImageProcessor(TorchvisionBackend):
         return images
 
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs) -> torch.Tensor:
-        """Turn one image into a tensor of shape (channels, height, width), a PIL image by way of [`to_rgb`]."""
+        """
+        Turn one image into a tensor of shape (channels, height, width), a PIL image by way of [`to_rgb`].
+
+        Raises:
+            `ValueError`: if the pixels lie between 0 and 1.
+        """
         if isinstance(image, Image.Image):
             image, do_convert_rgb = to_rgb(image), False
         elif (

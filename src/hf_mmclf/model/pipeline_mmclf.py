@@ -200,7 +200,12 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         return np.broadcast_to(thresholds, config.num_labels)
 
     def preprocess(self, input_: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Turn a record into model inputs: a batch of one row, in which a missing modality is masked."""
+        """
+        Turn a record into model inputs: a batch of one row, in which a missing modality is masked.
+
+        Raises:
+            `ValueError`: if the row has no image and no text, or one that cannot be read.
+        """
         index, image, text = input_["index"], input_["image"], input_["text"]
         if text is not None and not isinstance(text, str):
             raise ValueError(f"record {index}: the text is {type(text).__name__}; expected a string")

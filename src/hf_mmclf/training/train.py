@@ -1,6 +1,7 @@
 """Training: arguments in, one folder with a trained model, its thresholds and its reports out."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.torch import load_model
-from transformers import EarlyStoppingCallback, TrainerState, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -31,7 +32,7 @@ from .record import Outcomes, Results, run_record, write_records
 from .trainer import MMClfTrainer
 
 logger = logging.get_logger(__name__)
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, VOCABULARY = "checkpoints", "vocabulary.json"
 
 
 def train(
@@ -80,7 +81,7 @@ def train(
     output, checkpoint = _claim_output(model_args, args)
     set_seed(args.seed)
     inputs = prepare_inputs(model_args, data_args, args)
-    _open_checkpoints(args, checkpoint)
+    _open_checkpoints(args, checkpoint, inputs.preprocessing.processor.tokenizer)
     trainer = _fit(inputs, augmentation, args, checkpoint)
     predictor = Predictor(output, inputs.model, inputs.preprocessing.processor, trainer)
     outcomes, speed, temperature = _score(predictor, inputs.prepared, args)
@@ -348,19 +349,29 @@ def _is_used(output: Path) -> bool:
     )
 
 
-def _open_checkpoints(args: MMClfTrainingArguments, checkpoint: str | None) -> None:
+def _open_checkpoints(
+    args: MMClfTrainingArguments, checkpoint: str | None, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
     """Create the folder of checkpoints, without traces of a failed start. All processes have checked before."""
+    folder = Path(args.output_dir)
+    vocabulary, file = tokenizer and tokenizer.get_vocab(), folder / VOCABULARY
+    if checkpoint is not None and file.is_file() and json.loads(file.read_text(encoding="utf-8")) != vocabulary:
+        raise ValueError(
+            f"{checkpoint} was trained with another tokenizer, so its token numbers have other meanings now. A "
+            "tokenizer that is trained depends on the texts of the training rows: resume with the table of that run"
+        )
     args.distributed_state.wait_for_everyone()
     if args.process_index == 0:
         if checkpoint is None:
-            _remove_traces(Path(args.output_dir))
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            _remove_traces(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(vocabulary), encoding="utf-8")
     args.distributed_state.wait_for_everyone()
 
 
 def _remove_traces(checkpoints: Path) -> None:
     """Remove the files of a run from its folder of checkpoints, but not files of others, such as logs."""
-    for pattern in ("checkpoint-*", "finished"):
+    for pattern in ("checkpoint-*", "finished", VOCABULARY):
         for path in checkpoints.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if checkpoints.is_dir() and not any(checkpoints.iterdir()):

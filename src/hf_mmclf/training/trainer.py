@@ -81,7 +81,12 @@ class MMClfTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer of `Trainer`, then give the parameters of the backbones their own learning rate."""
+        """
+        Create the optimizer of `Trainer`, then give the parameters of the backbones their own learning rate.
+
+        Raises:
+            `ValueError`: if the optimizer has no parameter groups that could have it.
+        """
         rate = self.args.backbone_learning_rate
         if self.optimizer is not None or rate is None:
             return super().create_optimizer(model)
