@@ -6,7 +6,7 @@ import pytest
 from datasets import Image
 from PIL import Image as PILImage
 
-from hf_mmclf.data.demo import COLOURS, DEMO_LABELS, KINDS, SLOTS, Compartment, Note, _chances, demo_dataset
+from hf_mmclf.data.demo import COLOURS, DEMO_LABELS, KINDS, NOTES, Compartment, Note, _chances, demo_dataset
 
 ROWS = 1500
 
@@ -34,7 +34,7 @@ def colour_asked(row, words):
     """The colour a list of word indices names."""
     (index,) = words
     word = row["text"].split()[index]
-    return next(colour for colour in COLOURS if word in SLOTS[colour])
+    return next(colour for colour in COLOURS if word in NOTES["slots"][colour])
 
 
 def holds(row, label):
@@ -189,7 +189,7 @@ def test_the_named_colour_alone_decides_nothing(rows, truth):
         if chance != pytest.approx(KINDS["kite"]):
             continue  # vague, or asks for nothing
         words = [word.strip(".,!?") for word in row["text"].split()]
-        named = {colour for colour in COLOURS if any(word in SLOTS[colour] for word in words)}
+        named = {colour for colour in COLOURS if any(word in NOTES["slots"][colour] for word in words)}
         if len(named) == 1:
             asked[named.pop()].append(labels[-3:])
     for outcomes in asked.values():

@@ -12,10 +12,12 @@ model. The best F1 that is possible follows from the exact probabilities in the 
 """
 
 import io
+import json
 import math
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Image, Value
@@ -49,97 +51,9 @@ SHAPES = {
 PAPER, RACK = (176, 146, 112), (96, 74, 60)
 FINE = 2  # images are drawn larger by this factor
 
-# The parts of notes. Words with stars are the evidence. {braces} are filled from SLOTS, {colour} from the list of the
-# colour that is meant.
-SLOTS = {
-    "who": ["niece", "nephew", "sister", "brother", "daughter", "son", "mother", "cousin", "neighbour", "friend"],
-    "day": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
-    "place": ["Paris", "Bergen", "Lisbon", "Dublin", "Vienna", "Turin"],
-    "age": ["three", "four", "five", "six", "seven", "eight"],
-    "red": ["red", "red", "red", "scarlet"],
-    "yellow": ["yellow", "yellow", "yellow", "golden"],
-    "green": ["green", "green", "green", "emerald"],
-    "blue": ["blue", "blue", "blue", "azure"],
-}
-ORDERS = [
-    "Could I have the *{colour}* one, please?",
-    "We would love the *{colour}* toy on the shelf.",
-    "My {who} picked the *{colour}* one.",
-    "Please put the *{colour}* toy aside for us.",
-    "I will take the *{colour}* one.",
-    "The one in *{colour}* is exactly right.",
-    "How much is the *{colour}* one? I am buying it.",
-]
-BROWSING = [
-    "We are only looking today.",
-    "I am still making up my mind.",
-    "Nothing from the shelf for the moment, thank you.",
-    "I shall choose something when I come by on {day}.",
-    "My {who} could not decide.",
-]
-SENTENCES = {
-    "gift": [
-        "It is a birthday *present* for my {who}.",
-        "Please *wrap* it with a *ribbon*.",
-        "Do you have *gift* paper and a card?",
-        "It has to stay a *surprise* for my {who}.",
-        "My {who} is *turning* {age} on {day}.",
-        "There is a *birthday* *party* on {day}.",
-    ],
-    "repair": [
-        "The wheel of our old one *came* *off*.",
-        "Can you *mend* the one I brought along?",
-        "My {who} dropped the old one and now it is *broken*.",
-        "There is a *crack* in the old one, could you *fix* it?",
-        "The old one has *stopped* *working*.",
-    ],
-    "delivery": [
-        "Please *send* it to our house.",
-        "Could you *post* it to {place}?",
-        "*Ship* it to my {who} in {place}, please.",
-        "Can a *courier* bring it on {day}?",
-        "I would like to have it *delivered* on {day}.",
-    ],
-    "complaint": [
-        "I want my *money* *back* for the last one.",
-        "We are very *unhappy* with the last one.",
-        "I asked for a *refund* on {day}.",
-        "The last one was a great *disappointment*.",
-    ],
-}
-# The words of a label in a note that does not state it.
-NEAR_MISSES = {
-    "gift": ["No need to wrap it.", "Not a present this time, it is just for me.", "The party last {day} was great."],
-    "repair": [
-        "The old one is not broken at all.",
-        "My {who} can mend the old one at home.",
-        "The old one works well.",
-    ],
-    "delivery": ["I will carry it to the house myself.", "No courier needed, I will be in on {day}."],
-    "complaint": ["We are very happy with the last one.", "No refund needed, the last one was great."],
-}
-COLOUR_MISSES = [
-    "I was the one in the {colour} coat.",
-    "Your {colour} door is lovely.",
-    "My {who} came on a {colour} bicycle.",
-]
-OPENERS = ["Hello!", "Good morning!", "Dear shop,", "Hi there!", "Good afternoon from {place}!"]
-CLOSERS = [
-    "Thank you for your help.",
-    "The window looks lovely today.",
-    "My {who} says hello.",
-    "It rained all {day}.",
-    "See you on {day}.",
-    "The bell over the door made us smile.",
-]
-VAGUE_NOTES = [
-    "A picture from last week.",
-    "The shelf, as promised.",
-    "Taken on {day}.",
-    "From my phone, sorry for the light.",
-    "Same place as on {day}.",
-    "See the photograph.",
-]
+# The parts of notes, by the name of a list. Words with stars are the evidence. {braces} are filled from the slots,
+# {colour} from the slot of the colour that is meant.
+NOTES = json.loads(Path(__file__).with_name("demo_notes.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -321,8 +235,8 @@ def _write_note(rng: random.Random, note: Note | None) -> tuple[str, dict[str, l
     """Return the text and, by stated label or "order", the indices of the words that show it. None is a vague note."""
     words: list[str] = []
     evidence: dict[str, list[int]] = {}
-    for label, template in _sentences(rng, note) if note else [(None, rng.choice(VAGUE_NOTES))]:
-        for word in re.sub(r"{(\w+)}", lambda slot: rng.choice(SLOTS[slot[1]]), template).split():
+    for label, template in _sentences(rng, note) if note else [(None, rng.choice(NOTES["vague_notes"]))]:
+        for word in re.sub(r"{(\w+)}", lambda slot: rng.choice(NOTES["slots"][slot[1]]), template).split():
             if "*" in word:
                 evidence.setdefault(label, []).append(len(words))
             words.append(word.replace("*", ""))
@@ -331,16 +245,16 @@ def _write_note(rng: random.Random, note: Note | None) -> tuple[str, dict[str, l
 
 def _sentences(rng: random.Random, note: Note) -> list[tuple[str | None, str]]:
     """Return what each sentence states (a label, "order" or nothing) and its template."""
-    body = [(label, rng.choice(SENTENCES[label])) for label in note.stated]
-    missed = [label for label in NEAR_MISSES if label not in note.stated and rng.random() < NEAR_MISS]
-    body += [(None, rng.choice(NEAR_MISSES[label])) for label in missed]
+    body = [(label, rng.choice(NOTES["sentences"][label])) for label in note.stated]
+    missed = [label for label in NOTES["near_misses"] if label not in note.stated and rng.random() < NEAR_MISS]
+    body += [(None, rng.choice(NOTES["near_misses"][label])) for label in missed]
     if rng.random() < NEAR_MISS:
-        body.append((None, rng.choice(COLOUR_MISSES).replace("colour", rng.choice(list(COLOURS)))))
+        body.append((None, rng.choice(NOTES["colour_misses"]).replace("colour", rng.choice(list(COLOURS)))))
     if note.order:
-        body.append(("order", rng.choice(ORDERS).replace("colour", note.order)))
+        body.append(("order", rng.choice(NOTES["orders"]).replace("colour", note.order)))
     else:
-        body.append((None, rng.choice(BROWSING)))
+        body.append((None, rng.choice(NOTES["browsing"])))
     rng.shuffle(body)
-    opener = [(None, rng.choice(OPENERS))] if rng.random() < CHATTER else []
-    closer = [(None, rng.choice(CLOSERS))] if rng.random() < CHATTER else []
+    opener = [(None, rng.choice(NOTES["openers"]))] if rng.random() < CHATTER else []
+    closer = [(None, rng.choice(NOTES["closers"]))] if rng.random() < CHATTER else []
     return opener + body + closer
