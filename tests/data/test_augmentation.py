@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_mmclf.data.augmentation import ImageAugmentation, TextAugmentation
+from hf_mmclf.data.augmentation import AugmentationArguments, ImageAugmentation, TextAugmentation
 from hf_mmclf.model.image_processing_mmclf import MMClfImageProcessor
 
 OFF = {"crop_scale": 0, "flip": 0, "vertical_flip": 0, "rotation": 0, "color_jitter": 0}
@@ -19,7 +19,12 @@ def photo(width=64, height=48):
 
 def raw(size=32, **switches):
     """An augmentation whose output is in pixels, 0 to 255."""
-    return ImageAugmentation(size, [0.0] * 3, [1 / 255] * 3, **{**OFF, **switches})
+    return augmentation(size, [0.0] * 3, [1 / 255] * 3, **{**OFF, **switches})
+
+
+def augmentation(size, mean, std, **strengths):
+    processor = MMClfImageProcessor(size=size, image_mean=mean, image_std=std)
+    return ImageAugmentation(processor, AugmentationArguments(**strengths))
 
 
 @pytest.mark.parametrize(
@@ -32,20 +37,20 @@ def test_with_everything_off_it_equals_the_image_processor(width, height, settin
     processor = MMClfImageProcessor(**settings)
     image = photo(width, height)
     expected = processor(image, return_tensors="pt").pixel_values[0]
-    assert torch.equal(ImageAugmentation.from_processor(processor, **OFF)(image), expected)
+    assert torch.equal(ImageAugmentation(processor, AugmentationArguments(**OFF))(image), expected)
 
 
 def test_output_is_normalised_float_of_the_given_size():
     processor = MMClfImageProcessor(size=40)
     for image in (photo(), photo(500, 3), photo(1, 1)):
-        output = ImageAugmentation.from_processor(processor)(image)
+        output = ImageAugmentation(processor)(image)
         assert output.shape == (3, 40, 40) and output.dtype == torch.float32
-    plain = ImageAugmentation(8, [0.5] * 3, [0.25] * 3, rotation=0, color_jitter=0)(Image.new("RGB", (9, 9), "white"))
+    plain = augmentation(8, [0.5] * 3, [0.25] * 3, rotation=0, color_jitter=0)(Image.new("RGB", (9, 9), "white"))
     torch.testing.assert_close(plain, torch.full((3, 8, 8), 2.0))
 
 
 def test_draws_differ_and_follow_the_seed():
-    augment = ImageAugmentation(32, [0.5] * 3, [0.5] * 3)
+    augment = augmentation(32, [0.5] * 3, [0.5] * 3)
     again = pickle.loads(pickle.dumps(augment))
     torch.manual_seed(1)
     first, second = augment(photo()), augment(photo())

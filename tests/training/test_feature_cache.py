@@ -24,7 +24,7 @@ from hf_mmclf.training.feature_cache import FeatureCache, cache_entries
 TEXTS = ["a cat", "a small dog sits there", None, "two birds", "the cat and the dog", "a bird"]
 PROCESSOR = MMClfImageProcessor(size=64)
 PLAIN = EvaluationImageTransform(PROCESSOR)
-AUGMENTED = ImageAugmentation.from_processor(PROCESSOR)
+AUGMENTED = ImageAugmentation(PROCESSOR)
 
 
 @pytest.fixture

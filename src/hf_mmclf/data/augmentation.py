@@ -6,7 +6,6 @@ way in every run.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,26 +58,13 @@ class ImageAugmentation:
     changes at 0 the result is exactly that of the image processor.
 
     Args:
-        size (`int`):
-            Side of the square output in pixels.
-        mean (`Sequence[float]`):
-            Mean of the three channels, for pixels from 0 to 1.
-        std (`Sequence[float]`):
-            Standard deviation of the three channels, for pixels from 0 to 1.
-        resample (`PIL.Image.Resampling` or `int`, *optional*, defaults to bicubic):
-            Filter of the resizing, which is always antialiased.
-        crop_scale (`float`, *optional*, defaults to 0.6):
-            Smallest share of the area of the image that a crop keeps, at most 1. The aspect ratios of crops are
-            between 3:4 and 4:3. 0: no crop.
-        flip (`float`, *optional*, defaults to 0.5):
-            Probability of mirroring left to right.
-        vertical_flip (`float`, *optional*, defaults to 0.0):
-            Probability of turning upside down. It is off because photographs are rarely upside down.
-        rotation (`float`, *optional*, defaults to 20.0):
-            Largest rotation in either direction, in degrees. Uncovered corners are black. 0: no rotation.
-        color_jitter (`float`, *optional*, defaults to 0.2):
-            Largest relative change of brightness, contrast and saturation, each drawn separately. 0: no change. The
-            hue stays: colours carry meaning, and changing it costs more time than all other steps together.
+        processor ([`MMClfImageProcessor`]):
+            Gives the size of the square output, the mean and standard deviation of the channels, and the filter of the
+            resizing, which is always antialiased.
+        strengths ([`AugmentationArguments`], *optional*):
+            The strengths of the changes. Crops have aspect ratios between 3:4 and 4:3. The corners that a rotation
+            uncovers are black. The hue stays: colours carry meaning, and changing it costs more time than all other
+            steps together.
 
     Attributes:
         short_edge (`int`): A number of pixels of the short edge that is enough. JPEGs may be decoded to such a size.
@@ -87,45 +73,29 @@ class ImageAugmentation:
         `ValueError`: If a probability or a share is not between 0 and 1, or if an amount is negative.
     """
 
-    def __init__(
-        self,
-        size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        *,
-        resample: int = Image.Resampling.BICUBIC,
-        crop_scale: float = 0.6,
-        flip: float = 0.5,
-        vertical_flip: float = 0.0,
-        rotation: float = 20.0,
-        color_jitter: float = 0.2,
-    ):
-        if not 0 <= crop_scale <= 1:
-            raise ValueError(f"`crop_scale` must be between 0 and 1, got {crop_scale}")
+    def __init__(self, processor: Any, strengths: AugmentationArguments | None = None):
+        strengths = strengths or AugmentationArguments()
+        if not 0 <= strengths.crop_scale <= 1:
+            raise ValueError(f"`crop_scale` must be between 0 and 1, got {strengths.crop_scale}")
+        size, resample = processor.size["longest_edge"], processor.resample
         self.short_edge = 2 * size  # crops are then rarely enlarged
         steps: list[Any] = [v2.PILToTensor()]
-        if crop_scale:
-            steps.append(v2.RandomResizedCrop(size, scale=(crop_scale, 1.0), interpolation=resample))
+        if strengths.crop_scale:
+            steps.append(v2.RandomResizedCrop(size, scale=(strengths.crop_scale, 1.0), interpolation=resample))
         else:
             steps += [_ResizeLongEdge(size, resample), v2.CenterCrop(size)]  # adds black to the short edge
-        if flip:
-            steps.append(v2.RandomHorizontalFlip(flip))
-        if vertical_flip:
-            steps.append(v2.RandomVerticalFlip(vertical_flip))
+        if strengths.flip:
+            steps.append(v2.RandomHorizontalFlip(strengths.flip))
+        if strengths.vertical_flip:
+            steps.append(v2.RandomVerticalFlip(strengths.vertical_flip))
         steps.append(v2.ToDtype(torch.float32))  # one conversion, not one in each step below
-        if rotation:
-            steps.append(v2.RandomRotation(rotation, v2.InterpolationMode.BILINEAR, fill=None))  # corners are black
-        if color_jitter:
-            steps.append(_ColorJitter(color_jitter, color_jitter, color_jitter))
+        if strengths.rotation:  # uncovered corners are black
+            steps.append(v2.RandomRotation(strengths.rotation, v2.InterpolationMode.BILINEAR, fill=None))
+        if strengths.color_jitter:
+            steps.append(_ColorJitter(*[strengths.color_jitter] * 3))
         # One step rescales and normalises, with the arithmetic of transformers: equal to the last bit.
-        mean, std = ((255 * torch.tensor(values)).tolist() for values in (mean, std))
+        mean, std = ((255 * torch.tensor(values)).tolist() for values in (processor.image_mean, processor.image_std))
         self.transform = v2.Compose([*steps, v2.Normalize(mean, std, inplace=True)])
-
-    @classmethod
-    def from_processor(cls, processor: Any, **switches: float) -> "ImageAugmentation":
-        """Make an augmentation with the size, mean, std and filter of an image processor, and these `switches`."""
-        size, resample = processor.size["longest_edge"], processor.resample
-        return cls(size, processor.image_mean, processor.image_std, resample=resample, **switches)
 
     def __call__(self, image: torch.Tensor | Image.Image) -> torch.Tensor:
         """

@@ -1,6 +1,5 @@
 """From prepared rows to batches: images are decoded when a row is read, texts are padded to the longest of a batch."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,10 +116,8 @@ class Preprocessing:
 
     def training(self, augmentation: AugmentationArguments) -> RowTransform:
         """Return the transform of training rows, with random changes of these strengths."""
-        image_processor = self.processor.image_processor
-        strengths = dataclasses.asdict(augmentation)
-        swap, drop = strengths.pop("swap_words"), strengths.pop("drop_words")
-        image = image_processor and ImageAugmentation.from_processor(image_processor, **strengths)
+        image_processor, swap, drop = self.processor.image_processor, augmentation.swap_words, augmentation.drop_words
+        image = image_processor and ImageAugmentation(image_processor, augmentation)
         return RowTransform(self.folder, image, TextAugmentation(swap, drop) if swap or drop else None)
 
     def dataset(self, rows: Dataset, column: str | None = None, cells: Mapping[str, Any] | None = None) -> Dataset:
