@@ -135,7 +135,7 @@ def test_the_embedded_data_set_is_the_default():
     assert prepared.split_source == "given" and prepared.labels.ids == tuple(sorted(prepared.labels.ids))
     assert prepared.splits["test"][0]["where"] == "demo/test:1"
     with pytest.raises(ValueError, match="--test_data is given, but the embedded data set has a split 'test' already"):
-        prepare_data(DataArguments(test_data="rows.csv"))
+        prepare_data(DataArguments(demo_rows=20, test_data="rows.csv"))
 
 
 @needs_data

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from support import stream_log
+from support.stream_log import seen, train_with_log
 from support.training_runs import TINY, TWO_PROCESSES, write_table
 
 from hf_mmclf import Predictor, parse_arguments, train
@@ -191,55 +193,21 @@ def test_a_streamed_run_leaves_a_complete_folder(folder, tmp_path):
     assert "streamed" in (output / "README.md").read_text()
 
 
-# What each process has seen, in the order of its steps
-
-SEEN = """
-import json, os, sys
-sys.path[:0] = [sys.argv[1]]
-from hf_mmclf import parse_arguments, train
-from hf_mmclf.training.trainer import MMClfTrainer
-from hf_mmclf.data.streaming import StreamCollator
-import torch
-
-log, call, step = sys.argv[2], StreamCollator.__call__, MMClfTrainer.training_step
-
-def named(self, rows):
-    batch = call(self, rows)
-    if batch:
-        batch["rows"] = torch.tensor([int(row["image"][:-4]) for row in rows])
-    return batch
-
-def told(self, model, inputs, *args, **kwargs):
-    with open(f"{log}-{self.args.process_index}", "a") as file:
-        file.write(json.dumps([self.state.global_step, inputs.pop("rows").tolist()]) + "\\n")
-    return step(self, model, inputs, *args, **kwargs)
-
-StreamCollator.__call__, MMClfTrainer.training_step = named, told
-train(*parse_arguments(sys.argv[3:]))
-"""
-
-
-def run(log: Path, *given: str, options: tuple[str, ...] = ()) -> subprocess.Popen:
-    script = log.with_suffix(".py")
-    script.write_text(SEEN)
+def start(log: Path, *given: str, options: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Start `train_with_log` in a process of its own or, with `options`, under accelerate's launcher."""
     launcher = ["-m", "accelerate.commands.launch", *options] if options else []
-    command = [sys.executable, *launcher, str(script), str(Path(__file__).parents[1]), str(log), *given]
+    command = [sys.executable, *launcher, stream_log.__file__, str(log), *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def seen(log: Path, process: int = 0) -> list[list]:
-    return [json.loads(line) for line in Path(f"{log}-{process}").read_text().splitlines()]
-
-
 @pytest.mark.slow
 def test_two_processes_see_the_rows_of_one_step_by_step(folder, tmp_path):
-    two = run(tmp_path / "two", *flags(folder, tmp_path / "m2", "--max_steps", "20"), options=TWO_PROCESSES)
+    two = start(tmp_path / "two", *flags(folder, tmp_path / "m2", "--max_steps", "20"), options=TWO_PROCESSES)
     alone = flags(folder, tmp_path / "m1", "--max_steps", "20", "--per_device_train_batch_size", "8")
-    one = run(tmp_path / "one", *alone)
-    for process in (two, one):
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
+    train_with_log(tmp_path / "one", alone)
+    output, _ = two.communicate(timeout=300)
+    assert two.returncode == 0, output
     together = [a[1] + b[1] for a, b in zip(*(seen(tmp_path / "two", rank) for rank in (0, 1)), strict=True)]
     assert together == [rows for _, rows in seen(tmp_path / "one")] and len(together) == 20
 
@@ -248,19 +216,15 @@ def test_two_processes_see_the_rows_of_one_step_by_step(folder, tmp_path):
 def test_a_killed_stream_continues_with_the_rows_that_were_next(folder, tmp_path):
     given = ["--max_steps", "40", "--save_steps", "5", "--dataloader_num_workers", "2", "--eval_strategy", "no"]
     given += ["--load_best_model_at_end", "false"]
-    whole = run(tmp_path / "whole", *flags(folder, tmp_path / "m1", *given))
-    killed = run(tmp_path / "killed", *flags(folder, tmp_path / "m2", *given))
+    killed = start(tmp_path / "killed", *flags(folder, tmp_path / "m2", *given))
     deadline = time.monotonic() + 240
     while not list((tmp_path / "m2" / "checkpoints").glob("checkpoint-*/trainer_state.json")):
         assert time.monotonic() < deadline and killed.poll() is None, killed.communicate()[0]
         time.sleep(0.01)
     killed.kill()
     killed.communicate()
-    output, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0, output
-    resumed = run(tmp_path / "resumed", *flags(folder, tmp_path / "m2", *given, "--resume_from_checkpoint", "true"))
-    output, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, output
+    train_with_log(tmp_path / "whole", flags(folder, tmp_path / "m1", *given))
+    train_with_log(tmp_path / "resumed", flags(folder, tmp_path / "m2", *given, "--resume_from_checkpoint", "true"))
     expected, after = seen(tmp_path / "whole"), seen(tmp_path / "resumed")
     assert 0 < len(after) < len(expected) == 40
     assert after == expected[-len(after) :]

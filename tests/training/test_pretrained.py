@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from PIL import Image
 from support.hub_server import HubServer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForPreTraining
+from transformers.utils.hub import hf_api
 
 from hf_mmclf import MMClfForImageTextClassification, Predictor, config_from_preset, parse_arguments
 from hf_mmclf.data.tokenizer import load_tokenizer
@@ -94,6 +95,7 @@ def here(checkpoints, tmp_path_factory):
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "ENDPOINT", hub.endpoint)
+        patch.setattr(hf_api(), "endpoint", hub.endpoint)  # made earlier, it would try the real Hub for 20 seconds
         patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path_factory.mktemp("home") / "no-token"))
         patch.delenv("HF_TOKEN", raising=False)
