@@ -31,6 +31,12 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def notices(capsys):
+    """Returns the notices that the package has written so far, as a user reads them."""
+    return lambda: [line.strip() for line in capsys.readouterr().err.splitlines()]
+
+
 @pytest.fixture(scope="session")
 def load_example():
     """Imports a file of `examples/` by its name."""

@@ -10,7 +10,6 @@ from hf_mmclf.data.labels import (
     find_delimiter,
     parse_indicator_columns,
     parse_label_column,
-    stratified_split,
 )
 
 
@@ -69,6 +68,64 @@ def test_a_given_delimiter_is_the_only_one(values, delimiter, labels):
     assert parse_label_column(table(values), "labels", delimiter).rows == labels
 
 
+@pytest.mark.parametrize(
+    "text, labels",
+    [
+        ("['cat', 'guinea pig']", ["cat", "guinea pig"]),
+        ('["cat", "guinea pig"]', ["cat", "guinea pig"]),
+        ("['cat' 'guinea pig']", ["cat", "guinea pig"]),  # numpy's form
+        ("['cat'\n 'dog']", ["cat", "dog"]),
+        ("array(['cat', 'dog'], dtype=object)", ["cat", "dog"]),
+        ("{'cat'}", ["cat"]),
+        ("frozenset({'cat'})", ["cat"]),
+        ("('cat',)", ["cat"]),
+        ("['it\\'s', \"x|y\", 'a, b']", ["it's", "x|y", "a, b"]),
+        ("[3, 10]", ["3", "10"]),
+        ("[3 10]", ["3", "10"]),
+        ("[3.0, nan]", ["3"]),
+        ("[cat, guinea pig]", ["cat", "guinea pig"]),
+        ("[None, '']", []),
+        (" [] ", []),
+        ("set()", []),
+        ("cat, dog", ["cat", "dog"]),
+        ("(dog)", ["(dog)"]),  # brackets in the name of a label
+    ],
+)
+def test_lists_that_are_written_as_text(text, labels):
+    parsed = parse_label_column(table([text, "['horse', 'dog']"]), "labels")
+    assert parsed.rows == [labels, ["horse", "dog"]] and parsed.form == "lists"
+
+
+@pytest.mark.parametrize("text", ["{'cat': 1}", "['cat' ... 'dog']", "[['cat'], ['dog']]", '[{"cat": 1}]'])
+def test_lists_that_hold_something_else(text):
+    with pytest.raises(ValueError, match="t.csv:3: cannot read the labels"):
+        parse_label_column(table(["['cat']", text]), "labels")
+
+
+MULTI_HOT = {
+    "text": ["[1, 0, 0]", "[0 1 1]", "", "[-1, 0, 1]"],
+    "lists": [[1, 0, 0], [0, 1, 1], None, [-1, 0, 1]],
+    "blanks": ["1 0 0", "0 1 1", "", "-1 0 1"],
+    "floats": [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [], [-1.0, 0.0, 1.0]],
+}
+
+
+@pytest.mark.parametrize("values", MULTI_HOT.values(), ids=MULTI_HOT)
+def test_multi_hot_lists_need_names(values):
+    with pytest.raises(ValueError, match="t.csv:2: column 'labels' is .* a multi-hot list, .*--label_names_file"):
+        parse_label_column(table(values), "labels")
+    parsed = parse_label_column(table(values), "labels", positions=["cat", "dog", "bird"])
+    assert parsed.rows == [["cat"], ["dog", "bird"], [], ["bird"]] and parsed.unknown == {3: ["cat"]}
+    with pytest.raises(ValueError, match="t.csv:2: .* expected a multi-hot list of 2 entries"):
+        parse_label_column(table(values), "labels", positions=["cat", "dog"])
+
+
+def test_pairs_of_0_and_1_are_indices_unless_their_order_changes():
+    assert parse_label_column(table([[0, 1], [0], [0, 1]]), "labels").rows == [["0", "1"], ["0"], ["0", "1"]]
+    with pytest.raises(ValueError, match="t.csv:3: .* a multi-hot list"):
+        parse_label_column(table([[0, 1], [1, 0]]), "labels")
+
+
 def test_the_delimiter_is_that_of_the_whole_column():
     assert find_delimiter(["a b", None, 3, "a, b", "a|b"]) == "|"
     assert find_delimiter(["a;b", "a, b"]) == ";"
@@ -98,9 +155,9 @@ def test_a_column_for_each_label(cat, dog):
         ([{"a": 1}], "t.csv:2: cannot read the labels {'a': 1}"),
         (
             [[1, 3], [0, 1, 1]],
-            r"t.csv:3: cannot read the labels \[0, 1, 1\]; expected labels, .*--label_columns",
+            r"t.csv:3: column 'labels' is \[0, 1, 1\], a multi-hot list, .*--label_names_file, or a column for each",
         ),
-        ([[0.0, 1.0, 0.0]], "t.csv:2: cannot read the labels .* a column each"),
+        ([[0.0, 1.0, 0.0]], "t.csv:2: column 'labels' is .* a column for each label"),
     ],
 )
 def test_values_that_are_no_labels_are_named_with_their_row(values, message):
@@ -189,11 +246,11 @@ def test_an_unknown_label_is_an_error_with_its_row_and_the_nearest(label, hint):
 
 def test_an_error_names_the_first_row_with_a_cell_that_repeats():
     cells = [["cat", "dog"], ["cat"], ["dog", "cat"], ["cat"], ["cat", "boat"], ["cat", "boat"]]
-    rows, _ = parse_label_column(table(cells), "labels")
+    rows = parse_label_column(table(cells), "labels").rows
     assert rows == cells
     with pytest.raises(ValueError, match="t.csv:6: unknown label 'boat'"):
         LabelSet.from_rows(rows[:4]).encode(rows, [f"t.csv:{line}" for line in range(2, 8)])
-    with pytest.raises(ValueError, match=r"t.csv:4: cannot read the labels \[0, 1, 1\]"):
+    with pytest.raises(ValueError, match=r"t.csv:4: column 'labels' is \[0, 1, 1\], a multi-hot"):
         parse_label_column(table([[2, 3], [2, 3], [0, 1, 1], [0, 1, 1]]), "labels")
 
 
@@ -213,7 +270,7 @@ def test_unknown_labels_in_columns(minus):
     rows = Dataset.from_dict(
         {"cat": [type(minus)(1), minus, type(minus)(0)], "dog": [1, 0, 1], "where": ["a", "b", "c"]}
     )
-    labels, unknown = parse_indicator_columns(rows, ["cat", "dog"])
+    labels, unknown, _ = parse_indicator_columns(rows, ["cat", "dog"])
     assert (labels, unknown) == ([["cat", "dog"], [], ["dog"]], {1: ["cat"]})
     encoded = LabelSet(("cat", "dog"), ("cat", "dog")).encode(labels, rows["where"], unknown)
     assert encoded.tolist() == [[1, 1], [-1, 0], [0, 1]]
@@ -224,45 +281,14 @@ def test_empty_indicators_are_unknown_only_on_demand():
     with pytest.raises(ValueError, match="b: column 'cat' is ''; expected 0 or 1, or -1 for unknown"):
         parse_indicator_columns(rows, ["cat", "dog"])
     parsed = parse_indicator_columns(rows, ["cat", "dog"], empty_is_unknown=True)
-    assert parsed == ([["cat", "dog"], [], ["dog"]], {1: ["cat"], 2: ["cat"]})
+    assert parsed[:2] == ([["cat", "dog"], [], ["dog"]], {1: ["cat"], 2: ["cat"]})
 
 
 @pytest.mark.parametrize("values", [["cat dog", "", None, "dog"], [["cat", "dog"], [], None, ["dog"]]])
 def test_empty_label_cells_are_unknown_only_on_demand(values):
     data = table(values)
     assert parse_label_column(data, "labels").unknown == {}
-    labels, unknown = parse_label_column(data, "labels", empty_is_unknown=True)
+    labels, unknown, _ = parse_label_column(data, "labels", empty_is_unknown=True)
     assert unknown == {1: None, 2: None}
     encoded = LabelSet.from_rows(labels).encode(labels, data["where"], unknown)
     assert encoded.tolist() == [[1, 1], [-1, -1], [-1, -1], [0, 1]]
-
-
-# Splits
-
-
-def test_each_label_has_its_share_of_each_part():
-    rng = np.random.default_rng(0)
-    rates = np.array([0.6, 0.3, 0.1, 0.03, 0.01, 0.005])
-    labels = rng.random((4000, 6)) < rates
-    fractions = np.array([0.8, 0.1, 0.1])
-
-    def worst(parts, counted=labels):
-        """Largest gap between a label's rows in a part and its share, in rows."""
-        shares = zip(parts, fractions, strict=True)
-        return max(np.abs(counted[part].sum(0) - share * counted.sum(0)).max() for part, share in shares)
-
-    def rare(parts):
-        return worst(parts, labels[:, 3:])
-
-    parts = stratified_split(labels, fractions, seed=0)
-    assert sorted(np.concatenate(parts)) == list(range(4000))
-    np.testing.assert_allclose([len(part) for part in parts], 4000 * fractions, atol=40)
-    at_random = [np.split(np.random.default_rng(seed).permutation(4000), [3200, 3600]) for seed in range(20)]
-    assert rare(parts) <= 1 < np.median([rare(parts) for parts in at_random])
-    assert worst(parts) < np.median([worst(parts) for parts in at_random])
-
-
-@pytest.mark.parametrize("fractions", [[0.5, 0.6], [1.1, -0.1], [0.0, 1.0]])
-def test_fractions_that_do_not_add_up(fractions):
-    with pytest.raises(ValueError, match="expected shares that add up to 1"):
-        stratified_split(np.ones((10, 1), bool), fractions, 0)

@@ -200,7 +200,7 @@ def test_rows_for_a_trained_model_keep_its_labels_and_are_not_split(tmp_path):
     prepared = prepare_data(DataArguments(data=str(path)), labels=labels)
     assert prepared.splits["train"].column_names == ["image", "text", "where"]
 
-    unknown = DataArguments(data=text_rows(path, rows=[("a", "4")]))
+    unknown = DataArguments(data=text_rows(path, rows=[("a", "4")]), image_column="none")
     with pytest.raises(ValueError, match="unlabelled.csv:2: unknown label '4'"):
         prepare_data(unknown, labels=labels)
     assert len(prepare_data(unknown, labels=labels, with_labels=False).splits["train"]) == 1
@@ -218,8 +218,8 @@ def test_rows_for_a_trained_model_keep_its_labels_and_are_not_split(tmp_path):
         ),
         ({"label_column": "tags", "image_column": "imag"}, "--image_column: no column 'imag'; did you mean 'image'?"),
         ({"label_column": "tagz"}, "--label_column: no column 'tagz'; did you mean 'tags'?"),
-        ({"label_columns": ["tags", "xyz"]}, "--label_columns: no column 'xyz'; there are image, caption, tags"),
-        ({}, "no label column in the train rows among image, caption, tags, where; expected labels or Labels"),
+        ({"label_columns": ["tags", "xyz"]}, "--label_columns: no column 'xyz'; there are 'image', 'caption', 'tags'"),
+        ({}, "no label column in the train rows among 'image', 'caption', 'tags'; expected labels or Labels"),
         ({"label_columns": ["tags"]}, "t.csv:2: column 'tags' is 'dog'; expected 0 or 1"),
         ({"label_column": "tags", "validation_fraction": 0}, "--validation_fraction is 0; validation rows choose"),
         ({"label_column": "tags", "validation_fraction": 0.7, "test_fraction": 0.4}, "fractions are .* add up to 1"),
@@ -236,7 +236,10 @@ def test_wrong_flags_are_answered_with_right_ones(tmp_path, flags, message):
 def test_tables_without_a_needed_column_or_split(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("id,labels\n1,a\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="train: neither an image column nor a text column among"):
+    with pytest.raises(
+        ValueError,
+        match="train: no text column among 'id', 'labels'; name it by --text_column, or",
+    ):
         prepare_text(path)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": 3, "labels": ["a"]}\n{"text": 4, "labels": ["a"]}', encoding="utf-8")
@@ -261,7 +264,7 @@ def test_missing_image_files_are_all_found_at_the_start(tmp_path):
         with pytest.raises(FileNotFoundError) as error:
             prepare_data(DataArguments(data=data, bad_images=policy))
         message = str(error.value)
-        assert message.startswith(f"10 of 30 images are not in '{tmp_path}' (train.csv:22: 20.png; train.csv:23: ")
+        assert message.startswith(f"10 of 30 images are not in '{tmp_path}' (train.csv:22: '20.png'; train.csv:23: ")
         assert message.count(".png") == 5 and "--image_dir" in message
     prepare_data(DataArguments(data=data), uses_image=False)  # a model without an image backbone needs no files
 
@@ -269,7 +272,7 @@ def test_missing_image_files_are_all_found_at_the_start(tmp_path):
 def test_missing_files_of_an_image_feature_are_found_too():
     images = [{"bytes": encoded(), "path": "gone.png"}, {"bytes": None, "path": "none.png"}, None]
     rows = Dataset.from_dict({"image": images, "text": ["x"] * 3, "labels": ["x"] * 3, "where": ["a:1", "a:2", "a:3"]})
-    with pytest.raises(FileNotFoundError, match=r"1 of 3 images are not in '.' \(a:2: none.png\)"):
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 images are not in '.' \(a:2: 'none.png'\)"):
         prepare_data(DataArguments(), sources={"train": rows.cast_column("image", Image())})
 
 

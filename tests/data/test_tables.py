@@ -1,4 +1,5 @@
 import csv
+import gzip
 import io
 import json
 import os
@@ -6,6 +7,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict, Image
 from PIL import Image as PILImage
@@ -186,7 +188,69 @@ def test_other_names_are_data_sets_of_the_hub(monkeypatch):
     assert asked == ["user/pets", "user/one", "user/odd"]
 
 
+@pytest.mark.parametrize("mark, words", [(",", None), (";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
+@pytest.mark.parametrize("declared", [False, True])
+def test_the_separator_is_found_and_said(tmp_path, notices, mark, words, declared):
+    content = delimited(ROWS, delimiter=mark)
+    assert read(tmp_path / "rows.CSV", f"sep={mark}\n{content}" if declared else content) == ROWS
+    assert notices() == ([f"rows.CSV: the columns are separated by {words}"] if words else [])
+
+
+def test_lines_below_a_declared_separator_have_their_numbers(tmp_path):
+    with pytest.raises(ValueError, match="line 4: 3 columns, expected 2"):
+        read(tmp_path / "t.csv", "sep=;\na;b\n1;2\n1;2;3\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_encodings_of_excel(tmp_path, encoding):
+    assert read(tmp_path / "rows.tsv", delimited(ROWS, delimiter="\t").encode(encoding)) == ROWS
+
+
+def test_compressed_tables(tmp_path):
+    assert read(tmp_path / "rows.csv.gz", gzip.compress(delimited(ROWS).encode())) == ROWS
+    assert read(tmp_path / "rows.jsonl.gz", gzip.compress("\n".join(map(json.dumps, ROWS)).encode())) == ROWS
+    with pytest.raises(ValueError, match="cannot be decompressed"):
+        read(tmp_path / "rows.csv.gz", gzip.compress(delimited(ROWS * 999).encode())[:-20])
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_arrays(tmp_path, indent):
+    assert read(tmp_path / "rows.json", json.dumps(ROWS, indent=indent)) == ROWS
+    assert read_table(tmp_path / "rows.json")["where"][:] == [f"rows.json:{row}" for row in range(1, len(ROWS) + 1)]
+
+
+def test_excel_files(tmp_path, notices):
+    with pd.ExcelWriter(tmp_path / "rows.xlsx") as file:
+        pd.DataFrame({"text": ["a dog", None], "labels": ["dog", "1 3"], "n": [1, 2]}).to_excel(file, index=False)
+        pd.DataFrame({"x": [1]}).to_excel(file, sheet_name="more")
+    table = read_source(str(tmp_path / "rows.xlsx"))["train"]
+    assert table["text"][:] == ["a dog", None] and table["labels"][:] == ["dog", "1 3"] and table["n"][:] == [1, 2]
+    assert table["where"][:] == ["rows.xlsx:2", "rows.xlsx:3"]
+    assert notices() == ["rows.xlsx: the sheet 'Sheet1' is read, 1 more are left out"]
+
+
+def test_tables_in_memory(notices):
+    rows = {"text": ["a dog", None], "labels": ["dog", "cat"]}
+    for source in (pd.DataFrame(rows), Dataset.from_dict(rows), DatasetDict(train=Dataset.from_dict(rows))):
+        table = read_source(source)["train"]
+        assert table.remove_columns("where").to_dict() == rows and len(set(table["where"])) == 2
+    read_source(Dataset.from_dict({**rows, "where": ["x", "y"]}))
+    assert notices() == ["data/train: its column 'where' is left out, because the places of rows have this name"]
+
+
 # The competition's own file
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["a0.jfif,1,a dog", "a1.jfif,2,a cat"],
+        ["0,1,a dog", "1,2,a cat"],
+        ['"a, 0.jpg",1,a dog', '"a, 1.jpg",2,a cat'],
+    ],
+)
+def test_a_valid_csv_under_the_competitions_header(tmp_path, lines):
+    assert texts(tmp_path, lines) == ["a dog", "a cat"]
 
 
 @pytest.mark.parametrize(
@@ -268,15 +332,19 @@ def test_random_texts_come_back_as_a_csv_writer_wrote_them(tmp_path, width, quot
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("t.csv", "ImageID,Labels,Caption\n1.jpg,1,a\nx,1,b\n", "line 3: neither a row .*'x,1,b"),
+        ("t.csv", "ImageID,Labels,Caption\n1.jpg,1,a, b\nx,1,b\n", "line 3: neither a row .*'x,1,b"),
         ("t.csv", "ImageID,Labels,Caption\n1.jpg;1;a\n", "line 2: neither a row"),
         ("t.csv", "ImageID,Labels,Caption\n1.jpg,1\n", "line 2: neither a row"),
         ("t.csv", "ImageID,Labels,Caption\n1.jpg,1,a dog\nand a cat\n", "line 3: neither a row .*'and a cat'"),
         ("t.csv", 'ImageID,Labels,Caption\n1.jpg,1,"a"\nand a cat\n', "line 3: neither a row"),
-        ("t.csv", "ImageID,Caption\n1.jpg,a dog\n, and a cat\n", "line 3: neither a row"),
+        ("t.csv", "ImageID,Caption\n1.jpg,a dog, wet\n, and a cat\n", "line 3: neither a row"),
         ("t.csv", 'ImageID,Labels,Caption\n0.jpg,1,a\n1.jpg,1,"a\nb\n2.jpg,1,c\n', "line 3: .*never closed: '\"a"),
         ("t.csv", 'ImageID,Labels,Caption\n1.jpg,1,"a\nb', "line 2: .*never closed"),
-        ("t.csv", 'ImageID,Caption\n1.jpg,"see\nx.jpg, and more"\n', "line 3: a row, or the end of the text"),
+        (
+            "t.csv",
+            'ImageID,Caption\n2.jpg,a, b\n1.jpg,"see\nx.jpg, and more"\n',
+            "line 4: a row, or the end of the text",
+        ),
         ("t.csv", "image,text\na.jpg,b\nc.jpg,d,e\n", "line 3: 3 columns, expected 2: 'c.jpg,d,e"),
         ("t.csv", "image,text\na.jpg\n", "line 2: 1 columns, expected 2"),
         ("t.csv", 'image,text\na.jpg,b\nc.jpg,"hi" says a man\n', 'line 3: .*"hi" says .*quote the field'),
@@ -290,13 +358,17 @@ def test_random_texts_come_back_as_a_csv_writer_wrote_them(tmp_path, width, quot
         ("t.jsonl", "\n", "no rows"),
         ("t.csv", b"text\nfine\ncaf\xe9\n", "line 3: not UTF-8"),
         ("t.csv", b"\xef\xbb\xbftext\r\nfine\r\ncaf\xe9\r\n", "line 3: not UTF-8"),
-        ("t.csv", "text\na\n".encode("utf-16"), "line 1: not UTF-8"),
+        ("t.csv", "text\na\n".encode("utf-16-le"), "line 1: not UTF-8"),
+        ("t.csv.gz", "no gzip", "cannot be decompressed"),
         ("t.jsonl", '{"a": 1}\n{"a": }\n', "line 2: not JSON .*'{\"a\": }'"),
-        ("t.json", '[{"a": 1}]', "line 1: expected one JSON object a line"),
+        ("t.json", '[{"a": 1}, 2]', "row 2: expected an object, got 2"),
+        ("t.json", '[\n{"a": 1},\n{"a": }]', "line 3: not JSON .*'{\"a\": }]'"),
+        ("t.json", '{\n"a": [1]\n}', "line 1: not JSON"),
         ("t.jsonl", '{"a": "x"}\n{"a": "y"}\n{"a": 3}\n', "line 3: column 'a' is int here, but str on line 1"),
         ("t.jsonl", '{"a": [1]}\n{"a": "1"}\n', "line 2: column 'a' is str here, but list on line 1"),
         ("t.parquet", "no parquet", "cannot be read as Parquet"),
-        ("t.xlsx", "PK", "unknown kind of table; expected one of .csv"),
+        ("t.xlsx", "PK", "cannot be read as Excel"),
+        ("t.ods", "PK", "unknown kind of table; expected one of .csv"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):

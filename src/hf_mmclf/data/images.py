@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -75,20 +76,36 @@ def image_groups(data: Dataset) -> list[Any]:
 
 
 def check_paths(data: Dataset, folder: Path) -> None:
-    """Raise one `FileNotFoundError` about all image files that do not exist."""
-    start = str(folder)
-    missing = [
-        (row, path)
-        for row, path in enumerate(image_paths(data))
-        if isinstance(path, str) and not os.path.isfile(os.path.join(start, path))  # pathlib takes twice the time
-    ]
+    """
+    Check that image files exist.
+
+    Raises:
+        `ValueError`: If a cell is a URL.
+        `FileNotFoundError`: If files do not exist. The message counts them.
+    """
+    start, missing = str(folder), []
+    for row, path in enumerate(image_paths(data)):
+        if isinstance(path, str) and not os.path.isfile(os.path.join(start, path)):  # pathlib takes twice the time
+            if re.match(r"\w+://", path):
+                raise ValueError(
+                    f"{data['where'][row]}: the image {path!r} is a URL, and a table names files; download the "
+                    "images, and give their names and, by --image_dir, their folder"
+                )
+            missing.append((row, path))
     if missing:
-        shown = "; ".join(f"{data['where'][row]}: {path}" for row, path in missing[:5])
+        shown = "; ".join(f"{data['where'][row]}: {path!r}{_near(folder, path)}" for row, path in missing[:5])
         shown += "; ..." if len(missing) > 5 else ""
         raise FileNotFoundError(
             f"{len(missing):,} of {len(data):,} images are not in {start!r} ({shown}). Give the folder by "
             "--image_dir; leave the cell empty if a row has no image"
         )
+
+
+def _near(folder: Path, path: str) -> str:
+    """Name the file that was likely meant: without blanks, with slashes, or without the folder in the name."""
+    slashed = path.strip().replace("\\", "/")
+    meant = [name for name in (path.strip(), slashed, slashed.split("/")[-1]) if (folder / name).is_file()]
+    return f", but {meant[0]!r} is" if meant else ""
 
 
 def without_bad_images(data: Dataset, folder: Path, policy: str) -> tuple[Dataset, list[tuple[str, str]]]:

@@ -1,20 +1,28 @@
 """Labels: reading label columns of all forms, the ordered label set of a model, and stratified splits."""
 
+import ast
 import dataclasses
 import difflib
+import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import tokenize
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import ClassLabel, Dataset
-from iterstrat.ml_stratifiers import IterativeStratification
 
 # What a cell of an indicator column says; `None` is an unknown label.
 INDICATORS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False, "-1": None, "-1.0": None}
+
+MULTI_HOT = {"0", "1", "-1"}
+# A list that is written as text. Python writes an empty set as "set()".
+LISTED = re.compile(
+    r"\s*(?:(?:frozenset|set|(?:np\.)?array)\((.*?)(?:,\s*dtype=\S+)?\)|(\[.*\]|\(.*\)|\{.*\}))\s*", re.DOTALL
+)
 
 
 class ParsedLabels(NamedTuple):
@@ -24,14 +32,20 @@ class ParsedLabels(NamedTuple):
     Args:
         rows (`list[list[str]]`): The labels of each row.
         unknown (`dict[int, list[str]]`): The unknown labels by row number; `None` if all labels of a row are unknown.
+        form (`str`): How the labels are written, in words.
     """
 
     rows: list[list[str]]
     unknown: dict[int, list[str] | None]
+    form: str
 
 
 def parse_label_column(
-    data: Dataset, column: str, delimiter: str | None = None, empty_is_unknown: bool = False
+    data: Dataset,
+    column: str,
+    delimiter: str | None = None,
+    empty_is_unknown: bool = False,
+    positions: Sequence[str] | None = None,
 ) -> ParsedLabels:
     r"""
     Read the labels of each row from one column.
@@ -40,11 +54,15 @@ def parse_label_column(
         data (`Dataset`):
             The table, with a column `where` that names its rows.
         column (`str`):
-            A column of delimited text (`"1 3 10"`, `"cat|dog"`), of lists, of class indices or of single labels.
+            A column of delimited text (`"1 3 10"`, `"cat|dog"`), of lists, of lists that are written as text
+            (`"['cat', 'dog']"`), of class indices or of single labels.
         delimiter (`str`, *optional*):
             The separator of labels in text. Defaults to the result of [`find_delimiter`] for the column.
         empty_is_unknown (`bool`, *optional*, defaults to `False`):
             Whether all labels of a row with an empty cell are unknown. By default the row has no label.
+        positions (`Sequence[str]`, *optional*):
+            The labels of a multi-hot list such as `[1, 0, 0, 1]`, in its order; an entry of -1 is an unknown label.
+            By default multi-hot lists are an error, because they do not name their labels.
 
     Returns:
         [`ParsedLabels`]: The labels of all rows.
@@ -58,16 +76,55 @@ def parse_label_column(
     inner = getattr(feature, "feature", feature)
     if isinstance(inner, ClassLabel):
         rows = [_class_names(value, inner.names) for value in values]
-        return ParsedLabels(rows, dict.fromkeys(empty))
-    parse = cache(partial(_parse_cell, delimiter=delimiter or find_delimiter(values)))  # few cells are distinct
-    rows = []
+        return ParsedLabels(rows, dict.fromkeys(empty), "class indices")
+    found = delimiter or find_delimiter(values)
+    rows, listed = _parse_cells(data, values, partial(_parse_cell, delimiter=found, bare=delimiter is None))
+    form = "lists" if listed else f"separated by {found!r}" if found else "separated by white space"
+    if (row := _multi_hot(rows, listed)) is None:
+        return ParsedLabels(rows, dict.fromkeys(empty), form)
+    if positions is None:
+        raise ValueError(
+            f"{data['where'][row]}: column {column!r} is {values[row]!r}, a multi-hot list, which does not name its "
+            "labels; give their names in this order by --label_names_file, or a column for each label and "
+            "--label_columns"
+        )
+    wrong = next((row for row, marks in enumerate(rows) if marks and not _is_multi_hot(marks, len(positions))), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{data['where'][wrong]}: column {column!r} is {values[wrong]!r}; expected a multi-hot list of "
+            f"{len(positions)} entries, one for each label of --label_names_file"
+        )
+    return _by_position(rows, positions, empty)
+
+
+def _parse_cells(data: Dataset, values: Sequence[Any], parse: Callable) -> tuple[list[list[str]], int]:
+    """Return the labels of each row, and how many cells are lists."""
+    parse = cache(parse)  # few cells are distinct
+    rows, listed = [], 0
     for row, value in enumerate(values):
         try:
-            rows.append(parse(tuple(value) if isinstance(value, list) else value))
+            labels, is_list = parse(tuple(value) if isinstance(value, list) else value)
         except (TypeError, ValueError) as error:  # a TypeError also for cells without a hash, such as nested lists
             reason = error if isinstance(error, ValueError) else "expected text, lists or indices"
             raise ValueError(f"{data['where'][row]}: cannot read the labels {value!r}; {reason}") from None
-    return ParsedLabels(rows, dict.fromkeys(empty))
+        rows.append(labels)
+        listed += is_list
+    return rows, listed
+
+
+def _by_position(rows: Sequence[Sequence[str]], positions: Sequence[str], empty: Sequence[int]) -> ParsedLabels:
+    """Name the labels of multi-hot lists. An empty cell has no entries."""
+    found = {
+        mark: [[label for label, given in zip(positions, marks, strict=False) if given == mark] for marks in rows]
+        for mark in ("1", "-1")
+    }
+    unknown = {row: labels for row, labels in enumerate(found["-1"]) if labels}
+    form = "multi-hot lists in the order of --label_names_file"
+    return ParsedLabels(found["1"], {**unknown, **dict.fromkeys(empty)}, form)
+
+
+def _is_multi_hot(marks: Sequence[str], length: int) -> bool:
+    return len(marks) == length and set(marks) <= MULTI_HOT
 
 
 def _class_names(value: Any, names: Sequence[str]) -> list[str]:
@@ -75,11 +132,73 @@ def _class_names(value: Any, names: Sequence[str]) -> list[str]:
     return [names[index] for index in indices if index not in (None, -1)]  # in datasets, -1 means no label
 
 
-def _parse_cell(cell: Any, delimiter: str | None) -> list[str]:
-    parts = cell.split(delimiter) if isinstance(cell, str) else cell if isinstance(cell, tuple) else (cell,)
-    if len(parts) > 2 and all(part in (0, 1) for part in parts):
-        raise ValueError("expected labels, not 0 and 1; give such labels a column each and name --label_columns")
-    return [label for label in map(_as_label, parts) if label]
+def _multi_hot(rows: Sequence[Sequence[str]], listed: int) -> int | None:
+    """Return a row whose labels can only be a multi-hot list: indices neither repeat nor change their order."""
+    pairs = {}
+    for row, labels in enumerate(rows):
+        if len(labels) < 2 or not _is_multi_hot(labels, len(labels)):
+            continue
+        if len(set(labels)) < len(labels) and (listed or len(labels) > 2):
+            return row
+        pairs.setdefault(tuple(labels), row)
+    return max(pairs.values()) if listed and len(pairs) > 1 else None
+
+
+def _parse_cell(cell: Any, delimiter: str | None, bare: bool) -> tuple[list[str], bool]:
+    """Return the labels of a cell, and whether it is a list."""
+    entries = cell if isinstance(cell, tuple) else list_entries(cell, bare) if isinstance(cell, str) else None
+    parts = entries if entries is not None else cell.split(delimiter) if isinstance(cell, str) else (cell,)
+    return [label for label in map(_as_label, parts) if label], entries is not None
+
+
+def list_entries(text: str, bare: bool = True) -> list | None:
+    """
+    Read a list that is written as text: JSON, Python (also a tuple or a set), or numpy's form without commas.
+
+    Args:
+        text (`str`): The text of a cell.
+        bare (`bool`, *optional*, defaults to `True`): Whether entries in square brackets may lack their quotes.
+
+    Returns:
+        `list`, *optional*: The entries; `None` if the text is not a list.
+
+    Raises:
+        `ValueError`: If entries are left out, nested or named.
+    """
+    match = LISTED.fullmatch(text)
+    if not match:
+        return None
+    inner = match[1] if match[2] is None else match[2]
+    try:
+        entries = json.loads(inner)
+        return entries if isinstance(entries, list) else _python_entries(inner)
+    except json.JSONDecodeError:
+        pass
+    try:
+        return _python_entries(inner)
+    except (SyntaxError, tokenize.TokenError):
+        if not (bare and inner.startswith("[")):
+            return None
+        return [part.strip(" '\"\n") for part in inner[1:-1].split("," if "," in inner else None)]
+
+
+def _python_entries(text: str) -> list:
+    """Return the strings and numbers of a list. Adjacent strings stay apart, which `ast.literal_eval` would join."""
+    entries, sign, depth = [], "", 0
+    for kind, token, *_ in tokenize.generate_tokens(io.StringIO(text).readline):
+        if kind in (tokenize.STRING, tokenize.NUMBER):
+            entries.append(ast.literal_eval(sign + token))
+        elif kind == tokenize.NAME and token in ("None", "null", "nan", "NaN"):
+            entries.append(None)
+        elif token == "..." or (kind == tokenize.OP and token in ":"):
+            raise ValueError(f"expected all labels of a list, got {token!r} in it")
+        elif kind == tokenize.OP and token not in "-,[](){}" or kind in (tokenize.NAME, tokenize.ERRORTOKEN):
+            raise SyntaxError(token)
+        depth += (token in "[({") - (token in "])}") if kind == tokenize.OP else 0
+        if depth > 1:
+            raise ValueError("expected labels, got a list in a list")
+        sign = token if token == "-" else ""
+    return entries
 
 
 def parse_indicator_columns(data: Dataset, columns: Sequence[str], empty_is_unknown: bool = False) -> ParsedLabels:
@@ -113,12 +232,13 @@ def parse_indicator_columns(data: Dataset, columns: Sequence[str], empty_is_unkn
                 unknown.setdefault(row, []).append(column)
             elif INDICATORS[text]:
                 labels[row].append(column)
-    return ParsedLabels(labels, unknown)
+    return ParsedLabels(labels, unknown, "a column each")
 
 
 def find_delimiter(values: Iterable[Any]) -> str | None:
     """Return the first of `|`, `;` and `,` that occurs in any text; `None`, for white space, if none does."""
-    marks = {mark for value in values if isinstance(value, str) for mark in "|;," if mark in value}
+    texts = [value for value in values if isinstance(value, str) and not LISTED.fullmatch(value)]
+    marks = {mark for text in texts for mark in "|;," if mark in text}
     return next((mark for mark in "|;," if mark in marks), None)
 
 
@@ -162,7 +282,7 @@ class LabelSet:
         Raises:
             `ValueError`: If there is no label, or if the file is not such an object with distinct names.
         """
-        names = {} if names_file is None else _read_names(names_file)
+        names = {} if names_file is None else read_names(names_file)
         ids = {label for row in rows for label in row} if names_file is None else set(names)
         if not ids:
             raise ValueError("no row has a label; check --label_column and --label_columns")
@@ -205,7 +325,8 @@ class LabelSet:
         return encoded
 
 
-def _read_names(file: str) -> dict[str, str]:
+def read_names(file: str) -> dict[str, str]:
+    """Read a JSON file with an object from label to name. Raises `ValueError` if it is something else."""
     try:
         names = json.loads(Path(file).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -215,32 +336,3 @@ def _read_names(file: str) -> dict[str, str]:
     if len(set(names.values())) != len(names):
         raise ValueError(f"{file}: two labels have the same name")
     return names
-
-
-def stratified_split(
-    labels: np.ndarray, fractions: Sequence[float], seed: int, groups: Sequence[Any] | None = None
-) -> list[np.ndarray]:
-    """
-    Split rows so that each label has its share in each part (Sechidis, Tsoumakas and Vlahavas, 2011).
-
-    Args:
-        labels (`np.ndarray` of shape `(rows, labels)`): Multi-hot labels.
-        fractions (`Sequence[float]`): The share of each part. The shares add up to 1.
-        seed (`int`): Seed of the random choice among equally good parts.
-        groups (`Sequence`, *optional*): The group of each row. Rows of one group (texts of one image) stay together.
-
-    Returns:
-        `list[np.ndarray]`: The row numbers of each part, ascending.
-
-    Raises:
-        `ValueError`: If the shares do not add up to 1.
-    """
-    if any(share < 0 for share in fractions) or not np.isclose(sum(fractions), 1) or fractions[0] <= 0:
-        raise ValueError(f"fractions are {[round(share, 3) for share in fractions]}; expected shares that add up to 1")
-    groups = range(len(labels)) if groups is None else groups
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    member = np.array([numbers[group] for group in groups])
-    merged = np.zeros((len(numbers), labels.shape[1]), dtype=bool)
-    np.logical_or.at(merged, member, labels)
-    part = IterativeStratification(merged, np.array(fractions, dtype=float), np.random.RandomState(seed))
-    return [np.flatnonzero(part[member] == i) for i in range(len(fractions))]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -10,18 +10,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Image
+from transformers.utils import logging
 
 from .demo import DEMO_LABELS, demo_dataset
-from .images import check_paths, image_groups, image_paths, without_bad_images
+from .images import check_paths, image_paths, without_bad_images
 from .labels import (
     LabelSet,
     ParsedLabels,
     find_delimiter,
     parse_indicator_columns,
     parse_label_column,
-    stratified_split,
+    read_names,
 )
-from .tables import find_column, from_arrow, read_source, with_columns, with_where
+from .splits import split_rows
+from .suspects import contradictions, label_warnings
+from .tables import Source, find_column, from_arrow, read_source, source_name, with_columns, with_where
+
+logger = logging.get_logger(__name__)
 
 IMAGE_COLUMNS = ("image", "ImageID", "file_name", "image_path", "path", "filename")
 TEXT_COLUMNS = ("text", "Caption", "caption", "sentence")
@@ -35,8 +40,8 @@ class DataArguments:
 
     Args:
         data (`str`, *optional*):
-            A table (.csv, .tsv, .jsonl, .parquet), a folder, or a data set on the Hub. By default, the embedded data
-            set.
+            A table (.csv, .tsv, .jsonl, .json, .parquet, .xlsx, also .csv.gz), a folder, or a data set on the Hub. By
+            default, the embedded data set. From Python, also a pandas or `datasets` object.
         demo_rows (`int`, *optional*, defaults to 3000):
             Number of rows of the embedded data set.
         validation_data (`str`, *optional*):
@@ -46,10 +51,11 @@ class DataArguments:
         image_dir (`str`, *optional*):
             The folder to which image names are relative. By default, the folder of the table.
         image_column (`str`, *optional*):
-            The column of images. By default, the first that exists of image, ImageID, file_name, image_path, path,
-            filename.
+            The column of images, or none to go without. By default, the first that exists of image, ImageID,
+            file_name, image_path, path, filename.
         text_column (`str`, *optional*):
-            The column of texts. By default, the first that exists of text, Caption, caption, sentence.
+            The column of texts, or none to go without. By default, the first that exists of text, Caption, caption,
+            sentence.
         label_column (`str`, *optional*):
             The column of labels. By default, the first that exists of labels, Labels, label.
         label_columns (`list[str]`, *optional*):
@@ -60,7 +66,8 @@ class DataArguments:
         empty_is_unknown (`bool`, *optional*, defaults to `False`):
             An empty label cell means that the labels are unknown. By default, it means that there is no label.
         label_names_file (`str`, *optional*):
-            A JSON file with an object from label to name, such as {"1": "person"}. It fixes the set of labels.
+            A JSON file with an object from label to name, such as {"1": "person"}. It fixes the set of labels, and
+            its order is that of multi-hot lists.
         validation_fraction (`float`, *optional*, defaults to 0.1):
             Share of the training rows that become validation rows when no validation rows are given.
         test_fraction (`float`, *optional*, defaults to 0.1):
@@ -151,14 +158,14 @@ def prepare_data(
     """
     folder = image_folder(args)
     known = DEMO_LABELS if sources is None and args.data is None else ()
-    sources = sources or _read_sources(args)
+    is_read, sources = sources is None, sources or _read_sources(args)
     if labels is None and "train" not in sources:
         raise ValueError(f"no training rows; the source has only {', '.join(sources)}")
     parsed = _parse_labels(sources, args) if with_labels else {}
     label_set = labels or _collect_labels(sources, parsed, args, known)
     splits, bad_images = {}, []
     for name, source in sources.items():
-        split = _standardize(source, args, name)
+        split = _standardize(source, args, name, uses_image, uses_text)
         if name in parsed:
             split = _with_labels(split, label_set, parsed[name])
         if uses_image:
@@ -168,9 +175,12 @@ def prepare_data(
                 bad_images += bad
         _check_modalities(split, uses_image, uses_text)
         splits[name] = split
+    if is_read and args.data is not None:
+        _say_what_was_found(sources, splits, parsed, args)
     how = "given"
     if labels is None:
-        splits, how = _split(splits, args)
+        fractions = args.validation_fraction, args.test_fraction
+        splits, how = split_rows(splits, references_of(splits["train"]), *fractions, args.split_seed)
     return PreparedData(DatasetDict(splits), label_set, folder, how, bad_images)
 
 
@@ -179,11 +189,12 @@ def prepare_data(
 
 def image_folder(args: DataArguments) -> Path:
     """Return the folder to which image names are relative."""
-    return Path(args.image_dir) if args.image_dir else _folder_of(args.data or ".")
+    return Path(args.image_dir) if args.image_dir else _folder_of(args.data)
 
 
-def _folder_of(source: str) -> Path:
-    return Path(source) if Path(source).is_dir() else Path(source).parent
+def _folder_of(source: Source | None) -> Path:
+    path = Path(source if isinstance(source, str | Path) else ".")
+    return path if path.is_dir() else path.parent
 
 
 def _read_sources(args: DataArguments) -> dict[str, Dataset]:
@@ -202,11 +213,13 @@ def read_given_splits(args: DataArguments, taken: Collection[str]) -> dict[str, 
         if source is None:
             continue
         if name in taken:
-            place = repr(args.data) if args.data else "the embedded data set"
+            place = "the embedded data set" if args.data is None else repr(source_name(args.data))
             raise ValueError(f"--{name}_data is given, but {place} has a split {name!r} already; leave one out")
         found = read_source(source)
         if name not in found and len(found) > 1:
-            raise ValueError(f"--{name}_data: {source!r} has the splits {', '.join(found)}; give one of them")
+            raise ValueError(
+                f"--{name}_data: {source_name(source)} has the splits {', '.join(found)}; give one of them"
+            )
         rows = found[name if name in found else next(iter(found))]
         sources[name] = rows if args.image_dir else _relative_to(rows, args, _folder_of(source))
     return sources
@@ -214,7 +227,7 @@ def read_given_splits(args: DataArguments, taken: Collection[str]) -> dict[str, 
 
 def _relative_to(data: Dataset, args: DataArguments, own: Path) -> Dataset:
     """Make image names that are relative to the folder `own` relative to the folder of all images."""
-    folder, column = image_folder(args), _image_column(data, args)
+    folder, column = image_folder(args), _column(data, args, "image")
     if own == folder or column is None or isinstance(data.features[column], Image):
         return data
     names = [name and os.path.relpath(own / str(name), folder) for name in data[column][:]]
@@ -224,8 +237,19 @@ def _relative_to(data: Dataset, args: DataArguments, own: Path) -> Dataset:
 # Columns
 
 
-def _image_column(data: Dataset, args: DataArguments) -> str | None:
-    return find_column(data.column_names, args.image_column, IMAGE_COLUMNS, "image_column")
+def _column(data: Dataset, args: DataArguments, part: str, needed_by: str | None = None) -> str | None:
+    """Find the column of `image` or `text`. `None` if it is not there, which is an error for a split that needs it."""
+    defaults = {"image": IMAGE_COLUMNS, "text": TEXT_COLUMNS}[part]
+    given = getattr(args, f"{part}_column")
+    if given == "none" and given not in data.column_names:
+        return None
+    column = find_column(data.column_names, given, defaults, f"{part}_column")
+    if column is None and needed_by:
+        raise ValueError(
+            f"{needed_by}: no {part} column among {column_names(data)}; name it by --{part}_column, or give "
+            f"--{part}_column none to go without"
+        )
+    return column
 
 
 def _label_columns(sources: dict[str, Dataset], args: DataArguments) -> dict[str, list[str]]:
@@ -250,10 +274,28 @@ def _parse_labels(sources: dict[str, Dataset], args: DataArguments) -> dict[str,
     # All splits have one delimiter, also those in which it does not occur.
     cells = (value for name, [column] in columns.items() for value in sources[name][column][:])
     delimiter = args.label_delimiter or find_delimiter(cells)
+    positions = list(read_names(args.label_names_file)) if args.label_names_file else None
     return {
-        name: parse_label_column(sources[name], column, delimiter, args.empty_is_unknown)
+        name: parse_label_column(sources[name], column, delimiter, args.empty_is_unknown, positions)
         for name, [column] in columns.items()
     }
+
+
+def _say_what_was_found(
+    sources: dict[str, Dataset], splits: dict[str, Dataset], parsed: dict[str, ParsedLabels], args: DataArguments
+) -> None:
+    """Log the columns that were chosen, and warn of labels that look wrong."""
+    first = next(iter(sources.values()))
+    chosen = [f"{part} {_column(first, args, part)!r}" for part in ("image", "text") if _column(first, args, part)]
+    for name, labels in list(parsed.items())[:1]:
+        columns = _label_columns({name: sources[name]}, args)[name]
+        chosen.append(f"labels {', '.join(map(repr, columns[:5]))}{', ...' if columns[5:] else ''} ({labels.form})")
+    logger.info(f"Columns: {', '.join(chosen)}")
+    for name, labels in parsed.items():
+        keys = [path if isinstance(path, str) else None for path in image_paths(splits[name])]
+        warnings = label_warnings(labels.rows, sources[name]["where"][:])
+        for warning in [*warnings, *contradictions(keys, references_of(splits[name]), splits[name]["where"][:])]:
+            logger.warning(f"  {name} rows: {warning}")
 
 
 def _collect_labels(
@@ -265,14 +307,19 @@ def _collect_labels(
     """Collect the labels of the training rows, and those that are `known` without a row that has them."""
     for name in ("train", "validation"):
         if name in sources and name not in parsed:
-            raise no_label_column(name, sources[name].column_names)
+            raise no_label_column(name, sources[name])
     return LabelSet.from_rows([*parsed["train"].rows, args.label_columns or known], args.label_names_file)
 
 
-def no_label_column(split: str, columns: Iterable[str]) -> ValueError:
+def column_names(data: Dataset) -> str:
+    """Return the names of the columns of a source, for an error."""
+    return ", ".join(repr(name) for name in data.column_names if name != "where")
+
+
+def no_label_column(split: str, data: Dataset) -> ValueError:
     """Return the error for a split that must have labels and has none."""
     return ValueError(
-        f"no label column in the {split} rows among {', '.join(columns)}; expected {' or '.join(LABEL_COLUMNS)}, or "
+        f"no label column in the {split} rows among {column_names(data)}; expected {' or '.join(LABEL_COLUMNS)}, or "
         "name it by --label_column or --label_columns"
     )
 
@@ -283,15 +330,10 @@ def _with_labels(data: Dataset, label_set: LabelSet, parsed: ParsedLabels) -> Da
     return with_columns(data, {"labels": cells.cast(pa.list_(pa.float32()))})
 
 
-def _standardize(data: Dataset, args: DataArguments, split: str) -> Dataset:
+def _standardize(data: Dataset, args: DataArguments, split: str, uses_image: bool, uses_text: bool) -> Dataset:
     """Return a table with the columns `image`, `text` and `where`."""
-    image = _image_column(data, args)
-    text = find_column(data.column_names, args.text_column, TEXT_COLUMNS, "text_column")
-    if image is None and text is None:
-        raise ValueError(
-            f"{split}: neither an image column nor a text column among {data.column_names}; name them by "
-            "--image_column and --text_column"
-        )
+    image = _column(data, args, "image", needed_by=split if uses_image else None)
+    text = _column(data, args, "text", needed_by=split if uses_text else None)
     texts = _strings(data, text) if text else pa.nulls(len(data), pa.string())
     if image is not None and isinstance(data.features[image], Image):  # the bytes stay where they are
         table = data.select_columns([image, "where"]).cast_column(image, Image(decode=False))
@@ -340,32 +382,3 @@ def _check_modalities(data: Dataset, uses_image: bool, uses_text: bool) -> None:
     if len(empty):
         shown = ", ".join(data[empty[:5]]["where"])
         raise ValueError(f"{len(empty):,} of {len(data):,} rows have no {needed}, which this model needs: {shown}")
-
-
-# Splits
-
-
-def _split(splits: dict[str, Dataset], args: DataArguments) -> tuple[dict[str, Dataset], str]:
-    """Take validation rows, and test rows if no split is given, from the training rows. Given splits stay."""
-    fractions = {}
-    if "validation" not in splits:
-        fractions["validation"] = args.validation_fraction
-        if "test" not in splits:
-            fractions["test"] = args.test_fraction
-    if not fractions:
-        return splits, "given"
-    if args.validation_fraction <= 0:
-        raise ValueError(f"--validation_fraction is {args.validation_fraction}; validation rows choose the threshold")
-    train = splits["train"]
-    groups = image_groups(train)
-    shares = [1 - sum(fractions.values()), *fractions.values()]
-    parts = stratified_split(references_of(train) > 0, shares, args.split_seed, groups)
-    for name, rows in zip(["train", *fractions], parts, strict=True):
-        if fractions.get(name, 1) > 0:
-            if len(rows) == 0:
-                raise ValueError(
-                    f"the {name} split is empty: {len(train)} rows, {len(set(groups))} if rows of one image count "
-                    f"once, are too few for {fractions}; give --validation_data or larger fractions"
-                )
-            splits[name] = train.select(rows)
-    return splits, f"{', '.join(fractions)} by iterative stratification of the training rows, seed {args.split_seed}"

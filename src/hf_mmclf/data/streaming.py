@@ -102,7 +102,7 @@ def open_stream(args: DataArguments, uses_image: bool, uses_text: bool, seed: in
     prepared = prepare_data(args, uses_image, uses_text, labels, sources=sources)
     for name in ("train", "validation"):
         if "labels" not in prepared.splits[name].column_names:
-            raise no_label_column(name, sources[name].column_names)
+            raise no_label_column(name, sources[name])
     endless = rows.repeat(None).shuffle(seed=seed, buffer_size=args.shuffle_buffer)
     stream = Stream(endless, prepared.splits.pop("train"), features, args, labels)
     return stream, dataclasses.replace(prepared, split_source=f"{how}; training rows are streamed")

@@ -4,38 +4,44 @@
 ("train.csv:7"), by which every later error names its row.
 """
 
-import csv
 import difflib
 import itertools
 import json
-import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from transformers.utils import logging
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-COMPETITION_HEADERS = (["ImageID", "Labels", "Caption"], ["ImageID", "Caption"])
+from .csv_files import LineError, csv_readers, read_lines
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
 ROWS_AT_ONCE = 1_000  # Python objects for a whole table would need several times the memory of its columns
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     "test": "test",
 }
+logger = logging.get_logger(__name__)
+Source = str | Path | pd.DataFrame | Dataset | DatasetDict
 
 
-def read_source(source: str) -> DatasetDict:
+def read_source(source: Source) -> DatasetDict:
     r"""
-    Read a table, a folder or a data set on the Hub.
+    Read a table, a folder, a data set on the Hub or a table in memory.
 
     Args:
-        source (`str`):
-            A file (`.csv`, `.tsv`, `.jsonl`, `.json` with one object a line, `.parquet`); a folder with
-            `metadata.csv` or `metadata.jsonl` (also one in each split folder), with `train.csv`, `validation.csv`,
-            ..., or written by `save_to_disk`; otherwise the name of a data set on the Hub.
+        source (`str`, `Path`, `pandas.DataFrame`, `Dataset` or `DatasetDict`):
+            A file (`.csv`, `.tsv`, `.jsonl` or `.json` with one object a line or an array of objects, each also with
+            `.gz` at the end; `.parquet`, `.xlsx`); a folder with `metadata.csv` or `metadata.jsonl` (also one in each
+            split folder), with `train.csv`, `validation.csv`, ..., or written by `save_to_disk`; otherwise the name of
+            a data set on the Hub. From Python, also a table in memory.
 
     Returns:
         `DatasetDict`: The splits `train`, `validation` and `test` that the source has. A single table is `train`.
@@ -43,37 +49,68 @@ def read_source(source: str) -> DatasetDict:
     Raises:
         `ValueError`: If the source does not exist, or if a row cannot be read.
     """
-    path = Path(source)
-    if path.is_file():
+    if isinstance(source, pd.DataFrame):
+        frame = source.rename(columns=str)
+        return DatasetDict(train=with_where(Dataset.from_pandas(frame, preserve_index=False), "data"))
+    if isinstance(source, Dataset):
+        return DatasetDict(_as_splits(source, "data"))
+    path = Path(source) if isinstance(source, str | Path) else None
+    if path is None:
+        splits = _as_splits(source, "data")
+    elif path.is_file():
         splits = {"train": read_table(path)}
     elif path.is_dir():
         splits = _read_folder(path)
-    elif path.suffix in TABLE_SUFFIXES or path.is_absolute() or source.startswith("."):
-        raise ValueError(f"{source!r}: no such file or folder")
+    elif table_suffix(path) in TABLE_SUFFIXES or path.is_absolute() or str(source).startswith("."):
+        raise ValueError(f"{str(source)!r}: no such file or folder")
     else:
-        splits = _as_splits(load_dataset(source), source)
+        splits = _as_splits(load_dataset(str(source)), str(source))
     return DatasetDict(splits)
+
+
+def source_name(source: Source) -> str:
+    """Return the name of a file, a folder or a data set on the Hub; a table in memory has none."""
+    return str(source) if isinstance(source, str | Path) else "a table in memory"
+
+
+def table_suffix(path: Path) -> str:
+    """Return the suffix that tells the kind of a table, in lower case and without `.gz`."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def read_table(path: str | Path) -> Dataset:
     """Read one file as a `Dataset` with a column `where`; see [`read_source`]. Raises `ValueError`."""
     path = Path(path)
-    if path.suffix not in TABLE_SUFFIXES:
+    suffix = table_suffix(path)
+    if suffix not in TABLE_SUFFIXES:
         raise ValueError(f"{path}: unknown kind of table; expected one of {', '.join(TABLE_SUFFIXES)}")
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
         return _read_parquet(path)
-    read_rows = _json_rows if path.suffix in (".jsonl", ".json") else _csv_rows
-    rows, tables = read_rows(path), []
+    readers = csv_readers(path) if suffix in (".csv", ".tsv") else [partial(_excel_rows, path)]
+    if suffix in (".jsonl", ".json"):
+        readers = [partial(_json_rows, path)]
+    failures = []
+    for read in readers:
+        try:
+            return _as_dataset(path, read)
+        except LineError as error:
+            failures.append(error)
+    raise max(reversed(failures), key=lambda error: error.line)  # of the reader that has come further
+
+
+def _as_dataset(path: Path, read: Callable[[], Iterator[tuple[int, dict]]]) -> Dataset:
+    rows, tables = read(), []
     try:
         while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
             names = dict.fromkeys(name for _, row in chunk for name in row)  # an object may lack a key
+            _check_names(names, path)
             columns = {name: pa.array([row.get(name) for _, row in chunk]) for name in names}
             tables.append(pa.table({**columns, "where": pa.array([f"{path.name}:{line}" for line, _ in chunk])}))
         if not tables:
             raise ValueError(f"{path}: no rows")
         return from_arrow(pa.concat_tables(tables, promote_options="permissive"))
     except (pa.ArrowException, OverflowError) as error:
-        raise ValueError(f"{path}{_uneven(read_rows(path))}: {error}") from None
+        raise ValueError(f"{path}{_uneven(read())}: {error}") from None
 
 
 def _read_parquet(path: Path) -> Dataset:
@@ -100,113 +137,44 @@ def _uneven(rows: Iterator[tuple[int, dict]]) -> str:
     return ""
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Yield lines with their ends. Only line feeds end a line; other line breaks belong to the fields."""
-    with path.open("rb") as file:
-        for number, content in enumerate(file, 1):
-            try:
-                line = content.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8"
-                ) from None
-            yield line
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    delimiter, lines = "\t" if path.suffix == ".tsv" else ",", _lines(path)
-    first = next(lines, "").rstrip("\r\n")
-    header = [] if "\r" in first else next(csv.reader([first], delimiter=delimiter), [])
-    if len(set(header)) != len(header) or not header:
-        raise ValueError(f"{path}, line 1: expected a header of distinct column names, got {first[:200]!r}")
-    if header in COMPETITION_HEADERS:
-        rows = _competition_rows(path, lines, len(header))
-    else:
-        rows = _plain_rows(path, lines, delimiter, len(header))
-    return ((line, dict(zip(header, row, strict=True))) for line, row in rows)
-
-
-def _plain_rows(path: Path, lines: Iterator[str], delimiter: str, width: int) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows of a well-formed CSV. The reader is strict: a lenient one loses rows after a stray quote."""
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    start = 2  # after the header
-
-    def shown(end: int) -> str:
-        return repr("".join(itertools.islice(_lines(path), start - 1, end))[:200])
-
-    try:
-        for row in reader:
-            if row and len(row) != width:
-                end = reader.line_num + 1
-                raise ValueError(f"{path}, line {start}: {len(row)} columns, expected {width}: {shown(end)}")
-            if row:
-                yield start, row
-            start = reader.line_num + 2
-    except csv.Error as error:
-        raise ValueError(
-            f"{path}, line {start}: {error}: {shown(start + 1)}; quote the field and double the quotes inside it"
-        ) from None
-
-
-_QUOTED = re.compile(r'"[^"]*(?:""[^"]*)*"\s*')
-
-
-def _competition_rows(path: Path, lines: Iterator[str], width: int) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows of the competition's CSV, which no CSV reader reads correctly.
-
-    The text is the last field. It may contain commas, line breaks and bare quotes, in quotes or not. A line that
-    starts with the name of an image, or with a comma where the image is missing, is therefore a row. All other lines
-    continue the text before them, which must then be in quotes.
-    """
-    labels = r'(?:"([^"]*)"|([^,"]*)),' if width == 3 else "()()"
-    start = re.compile(
-        rf'("?)([^,"]+\.(?:jpe?g|png|webp|bmp|gif|tiff?)|(?=\1,\S))\1,{labels}(.*)', re.IGNORECASE | re.DOTALL
-    )
-    row, quoted = None, False  # quoted: the text of the row has an open quote
-    for line, content in enumerate(lines, 2):
-        content = content.removesuffix("\n")
-        match = start.match(content)
-        if match and not (quoted and not match[2]):
-            if quoted and _QUOTED.fullmatch("\n".join([*row[2], content])):
-                raise ValueError(f"{path}, line {line}: a row, or the end of the text before it? {content[:200]!r}")
-            if row:
-                yield _finish_competition_row(path, *row)
-            _, name, quoted_labels, bare_labels, text = match.groups()
-            row = (line, [name, quoted_labels or bare_labels or ""][: width - 1], [text])
-            quoted = text.startswith('"') and text.count('"') % 2 == 1
-        elif quoted:
-            row[2].append(content)
-            quoted = content.count('"') % 2 == 0
-        elif content.strip():
-            raise ValueError(
-                f"{path}, line {line}: neither a row (image.jpg,...) nor inside a quoted text: {content[:200]!r}"
-            )
-    if row:
-        yield _finish_competition_row(path, *row)
-
-
-def _finish_competition_row(path: Path, line: int, fields: list[str], lines: list[str]) -> tuple[int, list[str]]:
-    text = "\n".join(lines).rstrip("\r\n")
-    if _QUOTED.fullmatch(text):
-        text = text.rstrip()[1:-1].replace('""', '"')
-    elif "\n" in text:
-        raise ValueError(f"{path}, line {line}: the quote of the text is never closed: {text[:200]!r}")
-    return line, [*fields, text]
-
-
 def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    for line, content in enumerate(_lines(path), 1):
-        content = content.removesuffix("\n")
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {line}: not JSON ({error.msg}): {content[:200]!r}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {line}: expected one JSON object a line, got {content[:200]!r}")
-        yield line, row
+    """Yield the objects of JSON lines with their lines, or those of an array with their numbers."""
+    lines = enumerate(read_lines(path), 1)
+    for line, content in lines:
+        if content.lstrip().startswith("["):
+            rest = "".join([content, *(more for _, more in lines)])
+            for number, row in enumerate(_json(path, line, rest), 1):
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, row {number}: expected an object, got {str(row)[:200]}")
+                yield number, row
+        elif content.strip():
+            row = _json(path, line, content.removesuffix("\n"))
+            if not isinstance(row, dict):
+                raise LineError(path, line, f"expected one JSON object a line, got {content[:200]!r}")
+            yield line, row
+
+
+def _json(path: Path, line: int, content: str) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        shown = content.split("\n")[error.lineno - 1][:200]
+        raise LineError(path, line + error.lineno - 1, f"not JSON ({error.msg}): {shown!r}") from None
+
+
+def _excel_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yield the rows of the first sheet. The header is row 1."""
+    if find_spec("openpyxl") is None:
+        raise ImportError(f"{path}: Excel files need openpyxl; run `pip install 'hf_mmclf[excel]'`")
+    try:
+        sheets = pd.read_excel(path, sheet_name=None, dtype=object)
+    except Exception as error:  # zip, XML and openpyxl have errors of their own
+        raise ValueError(f"{path}: cannot be read as Excel: {error}") from None
+    name, sheet = next(iter(sheets.items()))
+    if len(sheets) > 1:
+        logger.info(f"{path.name}: the sheet {name!r} is read, {len(sheets) - 1} more are left out")
+    for number, row in enumerate(sheet.to_dict("records"), 2):
+        yield number, {str(column): None if pd.isna(value) else value for column, value in row.items()}
 
 
 def _read_folder(path: Path) -> dict[str, Dataset]:
@@ -214,24 +182,24 @@ def _read_folder(path: Path) -> dict[str, Dataset]:
         return _as_splits(load_from_disk(str(path)), path.name)
     splits = {}
     for stem, split in SPLIT_NAMES.items():
-        files = [
-            file for suffix in TABLE_SUFFIXES for file in (path / f"{stem}{suffix}", path / stem / f"metadata{suffix}")
-        ]
-        for file in filter(Path.is_file, files):
+        for file in [*_tables(path, stem), *_tables(path / stem, "metadata")]:
             if split in splits:
                 raise ValueError(f"{path}: more than one table for the split {split!r}, such as {file}")
             splits[split] = read_table(file)
-            if file.stem == "metadata":  # names are relative to the folder of the split
+            if file.parent != path:  # names are relative to the folder of the split
                 splits[split] = _prefixed(splits[split], stem)
-    for file in (path / f"metadata{suffix}" for suffix in TABLE_SUFFIXES):
-        if not splits and file.is_file():
-            splits["train"] = read_table(file)
+    for file in [] if splits else _tables(path, "metadata"):
+        splits["train"] = read_table(file)
     if not splits:
         raise ValueError(
             f"{path}: nothing to read; expected metadata.csv, or train.csv (validation.csv, test.csv), "
             "or a data set written by save_to_disk"
         )
     return splits
+
+
+def _tables(folder: Path, stem: str) -> list[Path]:
+    return [file for file in sorted(folder.glob(f"{stem}.*")) if table_suffix(file) in TABLE_SUFFIXES]
 
 
 def _prefixed(table: Dataset, folder: str) -> Dataset:
@@ -256,7 +224,13 @@ def _as_splits(data: Dataset | DatasetDict, source: str) -> dict[str, Dataset]:
 
 def with_where(data: Dataset, name: str) -> Dataset:
     """Return `data` with a column `where` that names each row by its number: "name:1", "name:2", ..."""
+    _check_names(data.column_names, name)
     return with_columns(data, {"where": [f"{name}:{row}" for row in range(1, len(data) + 1)]})
+
+
+def _check_names(names: Iterable[str], source: str | Path) -> None:
+    if "where" in names:
+        logger.info(f"{source}: its column 'where' is left out, because the places of rows have this name")
 
 
 def find_column(names: Iterable[str], given: str | None, defaults: Sequence[str], flag: str) -> str | None:
@@ -275,12 +249,12 @@ def find_column(names: Iterable[str], given: str | None, defaults: Sequence[str]
     Raises:
         `ValueError`: If the given column does not exist.
     """
-    names = list(names)
+    names = [name for name in names if name != "where"]
     if given is None:
         return next((name for name in defaults if name in names), None)
     if given not in names:
         near = difflib.get_close_matches(given, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, names))}"
         raise ValueError(f"--{flag}: no column {given!r}; {hint}")
     return given
 

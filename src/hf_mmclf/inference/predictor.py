@@ -5,6 +5,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,17 +16,20 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from ..data.collator import Preprocessing
 from ..data.labels import LabelSet
 from ..data.prepare import DataArguments, PreparedData, prepare_data, presence, references_of
+from ..data.splits import row_digests
 from ..evaluation.ablation import REMOVED, ablation_figures, shuffled_texts
 from ..evaluation.report import report, scores_of
 from ..model.configuration_mmclf import MMClfConfig
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from ..model.pipeline_mmclf import TASK, ImageTextClassificationPipeline
 from ..model.processing_mmclf import MMClfProcessor
+
+logger = logging.get_logger(__name__)
 
 
 def machine_defaults() -> dict[str, Any]:
@@ -160,14 +164,16 @@ class Predictor:
         self, prepared: PreparedData, name: str | None = None, held_out: bool = False
     ) -> tuple[str, Dataset]:
         """
-        Choose one split of the source. A table without splits has those that training made of it.
+        Choose one split of the source. The rows of a table without splits are recognised as those of training.
+
+        Rows are recognised by their content; see [`row_digests`]. What is chosen is logged.
 
         Args:
             prepared ([`PreparedData`]): From [`Predictor.prepare`].
             name (`str`, *optional*): train, validation or test. Defaults to the last of these that the source has.
             held_out (`bool`, *optional*, defaults to `False`):
-                Whether the default may be a split that training made: then only the rows of a table that training has
-                held out are chosen, not all its rows.
+                Whether the default may be a split that training made: if all rows of a table are rows of training,
+                only those that training has held out are chosen.
 
         Returns:
             `tuple[str, Dataset]`: The name of the split and its rows.
@@ -177,24 +183,51 @@ class Predictor:
         """
         splits = dict(prepared.splits)
         if list(splits) == ["train"] and (name or held_out):
-            splits |= self._recorded(splits["train"])
+            splits |= self._recognised(splits["train"], prepared.folder, name)
         if name is None:
             name = next(key for key in ("test", "validation", "train") if key in splits)
         if name not in splits:
             raise ValueError(f"no split {name!r}; the source has {', '.join(splits)}")
         return name, splits[name]
 
-    def _recorded(self, rows: Dataset) -> dict[str, Dataset]:
-        """Split rows as `splits.csv` records it; return nothing if it does not know all of them."""
+    def _recognised(self, rows: Dataset, folder: Path, wanted: str | None) -> dict[str, Dataset]:
+        """Return the splits of training if all rows belong to them; else say how many do, and return nothing."""
+        found = self._recorded_splits(rows, folder)
+        counts = Counter(name for name in found if name is not None)
+        if None not in found:
+            name = wanted or next(key for key in ("test", "validation", "train") if key in counts)
+            logger.info(f"{counts[name]:,} of {len(rows):,} rows: the {name} rows of training")
+            return {name: rows.select(np.flatnonzero(np.array(found) == name)) for name in counts}
+        known = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        if counts and wanted:
+            raise ValueError(f"--split {wanted}: {known} rows of training are among these {len(rows):,} rows, not all")
+        if counts:
+            logger.warning(f"All {len(rows):,} rows, of which training knows some: {known} rows of training")
+        return {}
+
+    def _recorded_splits(self, rows: Dataset, folder: Path) -> list[str | None]:
+        """Return the split in which training had each row, as `splits.csv` records it; `None` for other rows."""
         file = self.folder / "splits.csv"
         if not file.is_file():
-            return {}
+            return [None] * len(rows)
         with file.open(encoding="utf-8", newline="") as lines:
-            split_of = {line["row"]: line["split"] for line in csv.DictReader(lines)}
-        names = [split_of.get(where) for where in rows["where"]]
-        if None in names:
-            return {}
-        return {name: rows.select(np.flatnonzero(np.array(names) == name)) for name in dict.fromkeys(names)}
+            recorded = list(csv.DictReader(lines))
+        if recorded and not {"split", "row"} <= set(recorded[0]):
+            raise ValueError(f"{file}: expected the columns split, row and digest")
+        if recorded and "digest" not in recorded[0]:  # written by version 0.1
+            logger.warning(f"{file.name} has no digests, so rows are recognised by file name and line")
+            split_of = {line["row"]: line["split"] for line in recorded}
+            return [split_of.get(where) for where in rows["where"]]
+        digests = row_digests(rows, folder, self.model.config.has_image)
+        # Rows of equal content are told apart by their places, if these are still the same, else by their order.
+        split_of = {(line["digest"], line["row"]): line["split"] for line in recorded}
+        same = [split_of.get(key) for key in zip(digests, rows["where"][:], strict=True)]
+        if None not in same:
+            return same
+        left = defaultdict(deque)
+        for line in recorded:
+            left[line["digest"]].append(line["split"])
+        return [left[digest].popleft() if left[digest] else None for digest in digests]
 
     def predict(
         self,

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerState
 
+from ..data.splits import row_digests
+from ..data.tables import source_name
 from ..hub.card import EMBEDDED, write_card
 from ..hub.plots import write_plots
 from ..inference.predictions import write_predictions
@@ -88,9 +90,12 @@ def run_record(arguments: Arguments, trainer: Trainer, inputs: TrainingInputs, r
 def _sources(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]:
     """Return what the model was made from: preset, data and weights, and the license that follows."""
     model_args, data_args, _, args = arguments
-    places = [place for place in (data_args.data, data_args.validation_data, data_args.test_data) if place]
-    on_hub = [place for place in places if not Path(place).exists()]
-    names = [place if place in on_hub else Path(place).resolve().name for place in places]
+    given = (data_args.data, data_args.validation_data, data_args.test_data)
+    places = [place for place in given if place is not None]
+    on_hub = [place for place in places if isinstance(place, str) and not Path(place).exists()]
+    names = [
+        Path(place).resolve().name if Path(source_name(place)).exists() else source_name(place) for place in places
+    ]
     started_from = base_models(model_args, inputs.model)
     return {
         "preset": model_args.preset,
@@ -196,9 +201,10 @@ def write_records(
     (folder / "training.json").write_text(dump({**record, "megabytes": megabytes}), encoding="utf-8")
     with (folder / "splits.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["split", "row"])
+        writer.writerow(["split", "row", "digest"])
         for name, split in prepared.splits.items():
-            writer.writerows([name, where] for where in split["where"][:])
+            digests = row_digests(split, prepared.folder, config.has_image)
+            writer.writerows((name, *row) for row in zip(split["where"][:], digests, strict=True))
     if save_predictions:
         for name, (scores, _) in outcomes.items():
             write_predictions(folder / f"predictions-{name}.csv", prepared.splits[name], scores, config)
