@@ -5,11 +5,11 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-import torch
 from tabulate import tabulate
 from transformers import EvalPrediction
 
 from ..model.configuration_mmclf import MMClfConfig
+from ..model.pipeline_mmclf import scores_of
 from .ablation import ABLATIONS
 from .bootstrap import by_label_count, by_text_length, f1_intervals
 from .metrics import multi_label_metrics, per_label_report
@@ -22,11 +22,6 @@ FIGURES += ("recall", "recall_macro")
 AVERAGES = {"micro": "f1", "macro": "f1_macro", "weighted": "f1_weighted", "samples": "f1_samples"}
 MANY_EMPTY = 0.1  # share of rows without a predicted label above which there is a warning
 NAMED_LABELS = 20  # number of labels that one warning names
-
-
-def scores_of(logits: np.ndarray) -> np.ndarray:
-    """Convert logits of any shape to scores in [0, 1], float32."""
-    return torch.sigmoid(torch.as_tensor(logits).float()).numpy()
 
 
 class ComputeMetrics:

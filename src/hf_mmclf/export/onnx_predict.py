@@ -64,7 +64,7 @@ class OnnxClassifier:
 
     def __call__(self, images: Any = None, text: Any = None, batch_size: int = 16) -> np.ndarray:
         """Compute scores in [0, 1], float32 of shape `(rows, labels)`. The arguments are those of `logits`."""
-        return np.exp(-np.logaddexp(0, -self.logits(images, text, batch_size)))
+        return sigmoid(self.logits(images, text, batch_size))
 
     def labels(self, images: Any = None, text: Any = None, batch_size: int = 16) -> list[list[tuple[str, float]]]:
         """
@@ -165,6 +165,12 @@ class OnnxClassifier:
         values = np.asarray(square, np.float32) * self.image["scale"]
         values = (values - self.image["mean"]) / self.image["std"]
         return values.transpose(2, 0, 1).astype(np.float32)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Convert logits to scores, float32, with the bits of the model's own scores: both are computed in float64."""
+    with np.errstate(over="ignore"):
+        return (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
 
 
 def _as_list(rows: Any) -> list | None:
