@@ -117,7 +117,7 @@ def _evaluate(argv: Sequence[str]) -> None:
     name, rows, folder = _rows(predictor, data, options.split)
     figures = {name: predictor.evaluate(rows, folder, options.batch_size, not own.no_ablations)}
     if _is_main_process():
-        print(report_text(figures))
+        print(report_text(figures, own.output))
         write_json(own.output, figures)
         print(f"\nAll figures: {own.output}")
 
