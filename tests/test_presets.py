@@ -199,7 +199,7 @@ def test_table_of_the_presets_shows_architecture_and_figures():
     assert header.split()[:5] == ["preset", "image", "backbone", "text", "backbone"]
     assert [line.split()[0] for line in lines] == list(PRESETS)
     cells = dict(zip(PRESETS, (re.split(r"\s{2,}", line.strip()) for line in lines), strict=True))
-    assert cells["warmdbert"][1:] == ["densenet121", "TinyBERT_Gener…", "self + norm", "1 / 1", "97.72", "0.8310"]
+    assert cells["warmdbert"][1:] == ["densenet121", "TinyBERT_General…", "self + norm", "1 / 1", "97.72", "0.8310"]
     assert cells["resnet18"][2:] == ["-", "-", "all", "42.74", "0.6612"]
     assert cells["demo"] == ["demo", "densenet121", "own", "label_queries", "all", "-", "-"]
     assert max(map(len, [header, *lines])) <= 100

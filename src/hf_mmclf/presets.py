@@ -279,6 +279,8 @@ def presets_table(markdown: bool = False) -> str:
                 **{title: poster and form(getattr(poster, field)) for title, (field, form) in FIGURES.items()},
             }
         )
-    if not markdown:
-        rows = [{short or title: row[title] for title, short in ON_SCREEN.items()} for row in rows]
-    return format_table(rows, markdown)
+    return format_table(rows if markdown else list(map(_for_screen, rows)), markdown)
+
+
+def _for_screen(row: dict[str, Any]) -> dict[str, Any]:
+    return {short or title: row[title] for title, short in ON_SCREEN.items()}

@@ -90,22 +90,31 @@ def test_the_tables_have_each_figure_in_its_place(labelled):
             expected.append(line + interval)
     assert [line.split() for line in report_table(reports).splitlines()] == expected
     header, *lines = report_text(reports).partition("Test rows:\n\n")[2].splitlines()[:4]
-    assert header.split() == "label threshold rows F1 at 0.5 F1".split()
+    assert header.split() == ["label", "threshold", "rows", "F1", "at", "0.5", "F1"]
     for line, label in zip(lines, reports["test"]["per_label"], strict=True):
         assert line.startswith(f"{label['label']} ")
-        figures = [f"{label['threshold']:.4f}", str(label["support"]), f"{label['f1_at_0.5']:.4f}", f"{label['f1']:.4f}"]
+        figures = [
+            f"{label['threshold']:.4f}",
+            str(label["support"]),
+            f"{label['f1_at_0.5']:.4f}",
+            f"{label['f1']:.4f}",
+        ]
         assert line.removeprefix(label["label"]).split() == figures
 
 
 def test_the_screen_has_thirty_labels_and_a_hundred_columns():
-    """Of 80 labels those with the most rows are shown, in their order; the last 78 are in 41 to 1 rows or in none."""
-    names = {i: f"a label with a very long name, in words that go on and on, number {i}: " + "x" * 50 for i in range(80)}
+    """Of 80 labels those with the most rows are shown; the first is in 40 rows, and the last 40 are in none."""
+    names = {
+        i: f"a label with a very long name, in words that go on and on, number {i}: " + "x" * 50 for i in range(80)
+    }
     references = (np.arange(40)[:, None] >= np.arange(80)).astype(int)
     config = MMClfConfig(image_backbone="resnet18", id2label=names)
     split = report(references * 0.9, references, config)
     text = report_text(dict.fromkeys(("train", "validation", "test"), split), "figures.json")
     assert max(map(len, text.splitlines())) <= 100
-    assert text.count("\na label with") == 30 and "\nand 50 more labels, which have fewer rows, in figures.json" in text
+    assert (
+        text.count("\na label with") == 30 and "\nand 50 more labels, which have fewer rows, in figures.json" in text
+    )
     assert [label["support"] for label in shown_labels(split["per_label"])] == list(range(40, 10, -1))
     assert shown_labels(split["per_label"][::-1]) == split["per_label"][29::-1]
     absent = split["warnings"][-1]

@@ -65,7 +65,7 @@ def test_label_thresholds_are_never_worse_than_the_global_one(table, shrinkage, 
         return objective_value(scores >= threshold, references, objective, beta, least)
 
     own = label_thresholds(scores, references, shrinkage, objective, beta, least)
-    assert np.all((0 < own) & (own < 1))
+    assert np.all((own > 0) & (own < 1))
     assert value(own) >= value(best_threshold(scores, references, objective, beta, least)) - 1e-9
 
 

@@ -158,7 +158,7 @@ def _fitting(cells: list[list[str]], columns: Sequence[str], numeric: Sequence[b
         texts = [i for i, number in enumerate(numeric) if not number and widths[i] > max(least[i], SHORTEST)]
         if not texts:
             break
-        widths[max(texts, key=widths.__getitem__)] -= 1
+        widths[max(texts, key=lambda i: (i > 0, widths[i]))] -= 1  # the name of a row is cut last
     return [
         [text if len(text) <= width else f"{text[: width - 1]}…" for text, width in zip(row, widths, strict=True)]
         for row in cells
@@ -236,8 +236,6 @@ def report_text(reports: Mapping[str, Mapping[str, Any]], file: str = "metrics.j
     """
     split, figures = list(reports.items())[-1]
     tables = [format_table(rows) for rows in (group_rows(figures), ablation_rows(figures)) if rows]
-    warnings = [
-        textwrap.fill(f"Warning: {warning}", WIDTH, break_on_hyphens=False) for warning in figures["warnings"]
-    ]
+    warnings = [textwrap.fill(f"Warning: {warning}", WIDTH, break_on_hyphens=False) for warning in figures["warnings"]]
     labels = _label_table(figures["per_label"], file)
     return "\n\n".join([report_table(reports), f"{split.capitalize()} rows:", labels, *tables, *warnings])

@@ -67,8 +67,8 @@ def best_threshold(
     threshold = _best_cut(scores, references, target)
     if threshold is None:
         logger.warning(
-            "Every threshold is as good as accepting nothing (no positive label has a score above 0?): no threshold can "
-            "be fitted, 0.5 is used instead."
+            "Every threshold is as good as accepting nothing (no positive label has a score above 0?): no threshold "
+            "can be fitted, 0.5 is used instead."
         )
         return 0.5
     if objective == "precision" and (best := target.value(scores >= threshold, references)) < 1:
@@ -91,9 +91,9 @@ def label_thresholds(
     logit(t_global)` with `w = support / (support + shrinkage)`. The mean is taken over logits because low scores are
     less crowded there: halfway from 0.01 to 0.5 is then 0.09, not 0.255.
 
-    On the given rows the result is never worse than the global threshold of the same objective. Where the shrunk
-    thresholds would be worse, the global one is used instead: for the objective `"macro"`, whose groups are the labels,
-    by the labels that it suits better, otherwise by all labels.
+    On the given rows the result is never worse than the global threshold of the same objective. If the shrunk
+    thresholds are worse, the global one is used instead: with the objective `"macro"` for the labels that it suits
+    better, otherwise for all labels.
 
     Args:
         scores (`ArrayLike` of shape `(N, L)`):
@@ -223,23 +223,7 @@ def _fit_labels(scores: np.ndarray, references: np.ndarray, target: _Target) -> 
     best = _best_cut(scores, references, target)
     common = _best_cut(scores, references, replace(target, objective="micro")) if target.objective == "macro" else best
     best, common = (0.5 if cut is None else cut for cut in (best, common))
-    num_labels = scores.shape[1]
-    cuts, support = np.full(num_labels, common), np.zeros(num_labels, dtype=int)
-    joint = target.objective in ("micro", "samples")  # the best cut of a label depends on those of the others
-    fitted = np.flatnonzero((references == 1).any(axis=0))
-    for _ in range(ROUNDS if joint else 1):
-        previous = cuts.copy()
-        for label in fitted:
-            others = (np.delete(table, label, axis=1) for table in (scores >= cuts, references))
-            fixed = target.counts(*others) if joint else NONE
-            column = scores[:, [label]], references[:, [label]]
-            cut = _best_cut(*column, target, fixed)
-            if cut is not None:
-                cuts[label], support[label] = cut, (references[:, label] == 1).sum()
-            if target.objective == "precision" and target.value(column[0] >= cuts[label], column[1]) < 1:
-                cuts[label] = _between(1.0, column[0].max())  # accept nothing
-        if np.array_equal(cuts, previous):
-            break
+    cuts, support = _label_cuts(scores, references, target, common)
 
     def shrunk(shrinkage: float) -> np.ndarray:
         shrinkage = 0.0 if target.objective == "precision" else shrinkage
@@ -256,6 +240,29 @@ def _fit_labels(scores: np.ndarray, references: np.ndarray, target: _Target) -> 
         return np.where(worse, best, thresholds)
 
     return never_worse
+
+
+def _label_cuts(
+    scores: np.ndarray, references: np.ndarray, target: _Target, common: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best cut of each label and its number of positives: the common cut and 0 where nothing is fitted."""
+    num_labels = scores.shape[1]
+    cuts, support = np.full(num_labels, common), np.zeros(num_labels, dtype=int)
+    joint = target.objective in ("micro", "samples")  # the best cut of a label depends on those of the others
+    for _ in range(ROUNDS if joint else 1):
+        previous = cuts.copy()
+        for label in np.flatnonzero((references == 1).any(axis=0)):
+            others = (np.delete(table, label, axis=1) for table in (scores >= cuts, references))
+            fixed = target.counts(*others) if joint else NONE
+            column = scores[:, [label]], references[:, [label]]
+            cut = _best_cut(*column, target, fixed)
+            if cut is not None:
+                cuts[label], support[label] = cut, (references[:, label] == 1).sum()
+            if target.objective == "precision" and target.value(column[0] >= cuts[label], column[1]) < 1:
+                cuts[label] = _between(1.0, column[0].max())  # accept nothing
+        if np.array_equal(cuts, previous):
+            break
+    return cuts, support
 
 
 def _cross_validated_shrinkage(scores: np.ndarray, references: np.ndarray, target: _Target) -> float:

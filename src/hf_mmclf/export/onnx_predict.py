@@ -50,6 +50,7 @@ class OnnxClassifier:
 
     def __init__(self, path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)):
         options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; not each node that cannot be computed in advance
         # Convert int8 weights of convolutions to floats once, when the model loads, and not in every run.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
