@@ -139,7 +139,7 @@ class TestMain:
 def test_presets_prints_all_systems_with_the_posters_figures(capsys):
     main(["presets"])
     header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split()[0] == "preset" and "parameters" in header
+    assert header.split()[0] == "preset" and header.split()[-1] == "F1"
     assert [line.split()[0] for line in lines] == list(PRESETS)
     end = header.index("parameters") + len("parameters")
     for line, preset in zip(lines, PRESETS.values(), strict=True):
