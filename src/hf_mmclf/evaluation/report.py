@@ -105,9 +105,13 @@ def _warnings(predicted: np.ndarray, references: np.ndarray, names: Sequence[str
     never = [f"{names[i]} ({support[i]:,})" for i in np.flatnonzero((support > 0) & ~predicted.any(axis=0))]
     if never:
         warnings.append(f"Never predicted, though rows have them: {_enumerate(never)}.")
-    if absent := [names[i] for i in np.flatnonzero(support == 0)]:
-        warnings.append(f"{ABSENT} {_enumerate(absent)}.")
-    return warnings
+    return warnings + absent_labels(references, names)
+
+
+def absent_labels(references: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Return a sentence about the labels that no row has, or nothing. It says what they count in the averages."""
+    absent = [names[i] for i in np.flatnonzero(~(references == 1).any(axis=0))]
+    return [f"{ABSENT} {_enumerate(absent)}."] if absent else []
 
 
 def _enumerate(names: Sequence[str]) -> str:
@@ -196,7 +200,7 @@ def _label_table(per_label: Sequence[Mapping[str, Any]], file: str) -> str:
         [{"label": row["label"]} | {title: row[key] for title, key in columns.items()} for row in shown]
     )
     more = len(per_label) - len(shown)
-    return f"{table}\nand {more:,} more labels, which have fewer rows, in {file}" if more else table
+    return f"{table}\n(the {len(shown)} labels with the most rows; {more:,} more are in {file})" if more else table
 
 
 def group_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -223,6 +227,11 @@ def ablation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"rows": name, "F1, micro": row["f1"], "F1, macro": row["f1_macro"]} for name, row in figures.items()]
 
 
+def warning_text(warning: str) -> str:
+    """Format a warning of a report in lines of at most `WIDTH` columns."""
+    return textwrap.fill(f"Warning: {warning}", WIDTH, break_on_hyphens=False)
+
+
 def report_text(reports: Mapping[str, Mapping[str, Any]], file: str = "metrics.json") -> str:
     """
     Format reports as plain text of at most `WIDTH` columns.
@@ -236,6 +245,5 @@ def report_text(reports: Mapping[str, Mapping[str, Any]], file: str = "metrics.j
     """
     split, figures = list(reports.items())[-1]
     tables = [format_table(rows) for rows in (group_rows(figures), ablation_rows(figures)) if rows]
-    warnings = [textwrap.fill(f"Warning: {warning}", WIDTH, break_on_hyphens=False) for warning in figures["warnings"]]
-    labels = _label_table(figures["per_label"], file)
+    labels, warnings = _label_table(figures["per_label"], file), map(warning_text, figures["warnings"])
     return "\n\n".join([report_table(reports), f"{split.capitalize()} rows:", labels, *tables, *warnings])
