@@ -359,6 +359,13 @@ class TestExport:
         assert "--onnx" in error_of(["export", folders["both"]], capsys)
 
 
+def test_predict_on_one_image_prints_its_labels_and_nothing_else(folders, table, here):
+    command = ["predict", str(folders["both"]), "--images", "3.jpg", "--texts", CAPTIONS[3]]
+    script = f"from hf_mmclf.cli import main\nmain({command})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.count("\n") == 1 and done.stdout.startswith("3.jpg: ")
+
+
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(folders, table, here):
     """Also where rows do not divide by batches and processes, and where there are fewer rows than processes."""

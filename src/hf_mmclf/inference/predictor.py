@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,8 @@ def follow_umask(folder: str | Path) -> None:
     """Give the files of a folder the permissions that the folder has; safetensors hides its files from others."""
     for file in Path(folder).iterdir():
         if file.is_file():
-            file.chmod(Path(folder).stat().st_mode & 0o666)
+            with suppress(PermissionError):  # of a file system without permissions
+                file.chmod(Path(folder).stat().st_mode & 0o666)
 
 
 def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor, folder: str | Path) -> None:
