@@ -139,13 +139,12 @@ class TestMain:
 def test_presets_prints_all_systems_with_the_posters_figures(capsys):
     main(["presets"])
     header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split()[0] == "preset" and "parameters" in header
+    assert header.split()[0] == "preset" and header.split()[-1] == "F1"
     assert [line.split()[0] for line in lines] == list(PRESETS)
-    end = header.index("parameters") + len("parameters")
     for line, preset in zip(lines, PRESETS.values(), strict=True):
-        expected = f"{preset.poster.parameters}" if preset.poster else "-"
-        assert line[:end].split()[-1] == expected
-        assert not preset.poster or f"{preset.poster.f1_validation:.4f}" in line
+        poster = preset.poster
+        expected = [f"{poster.megabytes:.2f}", f"{poster.f1_validation:.4f}"] if poster else ["-", "-"]
+        assert line.split()[-2:] == expected
 
 
 class TestEvaluate:
@@ -358,6 +357,13 @@ class TestExport:
     def test_errors_are_one_line(self, folders, capsys):
         assert "no model here" in error_of(["export", "nowhere", "--onnx"], capsys)
         assert "--onnx" in error_of(["export", folders["both"]], capsys)
+
+
+def test_predict_on_one_image_prints_its_labels_and_nothing_else(folders, table, here):
+    command = ["predict", str(folders["both"]), "--images", "3.jpg", "--texts", CAPTIONS[3]]
+    script = f"from hf_mmclf.cli import main\nmain({command})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.count("\n") == 1 and done.stdout.startswith("3.jpg: ")
 
 
 @pytest.mark.slow

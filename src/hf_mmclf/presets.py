@@ -247,13 +247,18 @@ FIGURES = {
 }
 
 
+# Columns of the table on the screen, which is narrower than a page.
+ON_SCREEN = dict.fromkeys(("preset", "image backbone", "text backbone", "fusion", "unfrozen", "MB"))
+ON_SCREEN |= {"F1 validation": "F1"}  # with a shorter name
+
+
 def presets_table(markdown: bool = False) -> str:
     """
     Format the presets as a table: the architecture and, for the systems of the poster, its figures.
 
     Args:
         markdown (`bool`, *optional*, defaults to `False`): Whether to write Markdown, as in the README. By default
-            the table is plain text.
+            the table is plain text with the columns of `ON_SCREEN`.
 
     Returns:
         `str`: The table.
@@ -274,4 +279,8 @@ def presets_table(markdown: bool = False) -> str:
                 **{title: poster and form(getattr(poster, field)) for title, (field, form) in FIGURES.items()},
             }
         )
-    return format_table(rows, markdown)
+    return format_table(rows if markdown else list(map(_for_screen, rows)), markdown)
+
+
+def _for_screen(row: dict[str, Any]) -> dict[str, Any]:
+    return {short or title: row[title] for title, short in ON_SCREEN.items()}

@@ -16,6 +16,7 @@ from hf_mmclf.evaluation.report import (
     report_table,
     report_text,
     scores_of,
+    shown_labels,
 )
 
 NAMES = {0: "person", 1: "traffic light", 2: "dog"}
@@ -75,37 +76,49 @@ def test_a_score_equal_to_its_threshold_is_predicted_everywhere_in_a_report():
         assert figures["warnings"] == []
 
 
-def test_report_table_has_each_figure_in_its_place(labelled):
+def test_the_tables_have_each_figure_in_its_place(labelled):
     scores, references = labelled
     config = config_of(**THRESHOLDS["per label"])
     reports = {"validation": report(scores[:25], references[:25], config)}
     reports["test"] = report(scores[25:], references[25:], config)
-    header, *lines = report_table(reports).splitlines()
-    columns = [
-        "label",
-        "threshold",
-        *(f"{name} {what}" for name in reports for what in ("rows", "F1 at 0.5", "F1", "95%")),
-    ]
-    assert header.split() == " ".join(columns).split()
-
-    def figures(line, title):
-        assert line.startswith(f"{title} ")
-        return line.removeprefix(title).split()
-
-    for i, name in NAMES.items():
-        labels = [reports[split]["per_label"][i] for split in reports]
-        expected = [f"{labels[0]['threshold']:.4f}"]
-        for label in labels:
-            expected += [str(label["support"]), f"{label['f1_at_0.5']:.4f}", f"{label['f1']:.4f}"]
-        assert figures(lines[i], name) == expected
     keys = {"micro": "f1", "macro": "f1_macro", "weighted": "f1_weighted", "samples": "f1_samples"}
-    for line, (title, key) in zip(lines[3:], keys.items(), strict=True):
-        expected = ["-"]
-        for split in reports.values():
-            expected += [str(split["rows"]), f"{split['at_0.5'][key]:.4f}", f"{split['fitted'][key]:.4f}"]
-            if title != "weighted":
-                expected.append("{:.3f}-{:.3f}".format(*split["intervals"][key]))
-        assert figures(line, f"= {title} F1") == expected
+    expected = [["rows", "of", "rows", "F1", "at", "0.5", "fitted", "95%"]]
+    for name, split in reports.items():
+        for title, key in keys.items():
+            line = [name, str(split["rows"]), title, f"{split['at_0.5'][key]:.4f}", f"{split['fitted'][key]:.4f}"]
+            interval = [] if title == "weighted" else ["{:.3f}-{:.3f}".format(*split["intervals"][key])]
+            expected.append(line + interval)
+    assert [line.split() for line in report_table(reports).splitlines()] == expected
+    header, *lines = report_text(reports).partition("Test rows:\n\n")[2].splitlines()[:4]
+    assert header.split() == ["label", "threshold", "rows", "F1", "at", "0.5", "F1"]
+    for line, label in zip(lines, reports["test"]["per_label"], strict=True):
+        assert line.startswith(f"{label['label']} ")
+        figures = [
+            f"{label['threshold']:.4f}",
+            str(label["support"]),
+            f"{label['f1_at_0.5']:.4f}",
+            f"{label['f1']:.4f}",
+        ]
+        assert line.removeprefix(label["label"]).split() == figures
+
+
+def test_the_screen_has_thirty_labels_and_a_hundred_columns():
+    """Of 80 labels those with the most rows are shown; the first is in 40 rows, and the last 40 are in none."""
+    names = {
+        i: f"a label with a very long name, in words that go on and on, number {i}: " + "x" * 50 for i in range(80)
+    }
+    references = (np.arange(40)[:, None] >= np.arange(80)).astype(int)
+    config = MMClfConfig(image_backbone="resnet18", id2label=names)
+    split = report(references * 0.9, references, config)
+    text = report_text(dict.fromkeys(("train", "validation", "test"), split), "figures.json")
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.count("\na label with") == 30
+    assert "\n(the 30 labels with the most rows; 50 more are in figures.json)\n" in text
+    assert [label["support"] for label in shown_labels(split["per_label"])] == list(range(40, 10, -1))
+    assert shown_labels(split["per_label"][::-1]) == split["per_label"][29::-1]
+    absent = split["warnings"][-1]
+    assert absent.startswith("No row has these labels, which count as 0 in macro averages") and "and 20 more" in absent
+    assert split["fitted"]["f1_macro"] == 0.5 and split["intervals"]["f1_macro"][1] == 0.5
 
 
 def test_report_has_intervals_and_subgroups(labelled):
@@ -153,7 +166,11 @@ class TestWarnings:
     def test_labels_that_are_never_predicted_but_not_those_that_no_row_has(self):
         references = [[1, 1, 0], [1, 1, 0], [1, 0, 0]]
         scores = [[0.6, 0.4, 0.4]] * 3
-        assert self.warnings_of(scores, references) == ["Never predicted, though rows have them: traffic light (2)."]
+        assert self.warnings_of(scores, references) == [
+            "Never predicted, though rows have them: traffic light (2).",
+            "No row has these labels, which count as 0 in macro averages and are left out of the mean average "
+            "precision: dog.",
+        ]
 
 
 def test_report_text_has_the_subgroups_of_the_last_split(labelled):
@@ -162,14 +179,14 @@ def test_report_text_has_the_subgroups_of_the_last_split(labelled):
     texts = ["a dog"] * 40
     reports = {name: report(scores, references, config, texts=texts) for name in ("validation", "test")}
     text = report_text(reports)
-    assert text.startswith(report_table(reports)) and "\n\nTest rows:\n\nrows with" in text
+    assert text.startswith(report_table(reports)) and "\n\nTest rows:\n\nlabel " in text
     for title, key in (("labels: 2", "by_label_count"), ("words of the text: 1-8", "by_caption_length")):
         (group,) = [group for group in reports["test"][key] if group["group"] == title.split(": ")[1]]
         (line,) = [line for line in text.splitlines() if line.startswith(f"{title} ")]
         expected = [str(group["rows"]), f"{group['f1']:.4f}", f"{group['f1_samples']:.4f}"]
         assert line.removeprefix(title).split() == expected
     (warning,) = reports["test"]["warnings"]
-    assert text.endswith(f"\n\nWarning: {warning}") and text.count("Warning") == 1
+    assert " ".join(text.split()).endswith(f" Warning: {warning}") and text.count("Warning") == 1
     assert "images only" not in text
     reports["test"]["ablations"] = {"image_only": {"f1": 0.125, "f1_macro": 0.25}}
     lines = [" ".join(line.split()) for line in report_text(reports).splitlines()]

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
@@ -15,8 +16,9 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast
 from hf_mmclf import MMClfConfig, MMClfImageProcessor, MMClfProcessor
 from hf_mmclf.export import onnx_predict
 from hf_mmclf.export.onnx import image_record, tokenizer_record
-from hf_mmclf.export.onnx_predict import OnnxClassifier, to_rgb
+from hf_mmclf.export.onnx_predict import OnnxClassifier, sigmoid, to_rgb
 from hf_mmclf.model import image_processing_mmclf
+from hf_mmclf.model.pipeline_mmclf import scores_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ["a", "dog", "##s", "cafe", "über", "狗", "e\u0301", "##ß", "😀", ".", "!", "$", "-", *LETTERS]
@@ -53,6 +55,19 @@ def byte_pairs() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     options = dict(pad_token="<pad>", model_max_length=MAX_TOKENS, truncation_side="left")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+
+
+def test_the_sigmoid_has_the_bits_of_the_model_s_scores():
+    """Torch computes its own in other blocks, for each value alone and for every other value of a table."""
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, 100_000, dtype=np.uint32).view(np.float32)
+    extremes = np.array([0, -0.0, 17, 18, 88.7, 89, -88, -104, -745, 1e-45, 3e38, -3e38, np.inf, -np.inf], np.float32)
+    values = np.concatenate([extremes, bits[np.isfinite(bits)], rng.normal(0, 5, 400_000).astype(np.float32)])
+    expected = sigmoid(values)
+    assert expected.dtype == np.float32
+    assert np.array_equal(scores_of(values), expected)
+    assert np.array_equal(scores_of(torch.from_numpy(values)[::2]), expected[::2])
+    assert [scores_of(value).item() for value in values[:2000]] == expected[:2000].tolist()
 
 
 @pytest.mark.parametrize("make", [bert, byte_pairs])

@@ -287,3 +287,14 @@ def test_template_is_installed_with_the_package(tmp_path):
         assert "hf_mmclf/hub/card_template.md" in files.namelist()
     with tarfile.open(source) as files:
         assert any(name.endswith("src/hf_mmclf/hub/card_template.md") for name in files.getnames())
+
+
+def test_a_card_of_many_labels_says_where_the_others_are(tmp_path):
+    folder = write_folder(tmp_path)
+    assert "labels; " not in render_card(folder).text
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {str(number): f"label {number}" for number in range(1050)}, "label_ids": None}
+    config["label2id"] = {name: number for number, name in enumerate(config["id2label"].values())}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = render_card(folder).text
+    assert "\n\nThe first labels; 1,020 more are in `config.json`.\n\n" in text and "label 30 " not in text

@@ -90,3 +90,9 @@ def test_labels():
         {"label": "a\\_b", "threshold": 0.5},
         {"label": "c", "threshold": 0.25},
     ]
+
+
+def test_at_most_thirty_labels_are_shown_those_with_the_most_rows():
+    per_label = [{"label": str(number), "support": number} for number in range(50)]
+    assert [row["label"] for row in label_rows(per_label)] == [str(number) for number in range(20, 50)]
+    assert len(threshold_rows(MMClfConfig(image_backbone="resnet18", num_labels=50))) == 30

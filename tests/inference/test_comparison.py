@@ -171,5 +171,7 @@ def test_text_has_each_figure_in_its_place():
     lines = [line.split() for line in shown.splitlines()]
     assert lines[:2] == [["row", "only", "right", "labels", "A", "B"], ["t.csv:9", "A", "10", "10", "1"]]
     assert lines[2:] == [[f"t.csv:{n}", "B", "1", "3", "-", "1", "3"] for n in range(5)]
-    comparison |= {"left_out": 0, "only_one_right": []}
-    assert comparison_text(comparison).endswith("neither 226") and "left out" not in comparison_text(comparison)
+    comparison |= {"left_out": 0, "only_one_right": [], "warnings": ["No row has these labels: tie."]}
+    text = comparison_text(comparison)
+    assert "\n\nWarning: No row has these labels: tie.\n\nRows with exactly" in text
+    assert text.endswith("neither 226") and "left out" not in text

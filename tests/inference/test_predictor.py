@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import numpy as np
@@ -60,6 +61,18 @@ def test_a_folder_that_could_not_be_written_does_not_load(tmp_path):
         (stage / "model").write_text("new")
         (tmp_path / "model").mkdir()  # no file can replace it
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "model"}
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_of_a_folder_have_the_permissions_that_the_umask_says(mask, mode, folders, tmp_path):
+    predictor, before = Predictor.load(folders["text"]), os.umask(mask)
+    try:
+        with atomic_folder(tmp_path) as stage:
+            save_model(predictor.model, predictor.processor, stage)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}
+    assert (tmp_path / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("limit, saved", [(10**30, 16), (4, 4)])

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, default_data_collator
 
 from hf_mmclf import MMClfTrainer, MMClfTrainingArguments
+from hf_mmclf.evaluation.report import ComputeMetrics
 from hf_mmclf.training.losses import MultiLabelLoss
 
 
@@ -216,3 +217,22 @@ def test_a_last_batch_of_one_row_trains(tiny_model, arguments, rows):
     assert trainer.train().global_step == 2
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     assert not torch.equal(model.classifier.weight, before["classifier.weight"])
+
+
+def test_a_run_prints_one_line_for_each_evaluation_and_no_logs(tiny_model, arguments, rows, capsys):
+    options = dict(eval_strategy="epoch", save_strategy="epoch", num_train_epochs=2, logging_steps=1)
+    trainer = MMClfTrainer(
+        model=tiny_model(),
+        args=arguments(**options),
+        train_dataset=rows(),
+        eval_dataset=rows(4),
+        data_collator=default_data_collator,
+        compute_metrics=ComputeMetrics(),
+    )
+    trainer.train()
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert [line.split(",")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    saved = [*Path(trainer.args.output_dir).rglob("model.safetensors")]
+    assert len(saved) == 2 and {path.stat().st_mode & 0o044 for path in saved} == {0o044}

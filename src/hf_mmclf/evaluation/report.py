@@ -1,15 +1,16 @@
 """Reports of splits: the metrics of a model's scores, as dictionaries and as tables."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-import torch
 from tabulate import tabulate
 from transformers import EvalPrediction
 
 from ..model.configuration_mmclf import MMClfConfig
+from ..model.pipeline_mmclf import scores_of
 from .ablation import ABLATIONS
 from .bootstrap import by_label_count, by_text_length, f1_intervals
 from .metrics import multi_label_metrics, per_label_report
@@ -20,13 +21,13 @@ FIGURES = ("f1", "f1_at_0.5", "f1_macro", "f1_samples", "f1_weighted", "loss", "
 FIGURES += ("recall", "recall_macro")
 # The averages of F1 in the table of a report, and their keys.
 AVERAGES = {"micro": "f1", "macro": "f1_macro", "weighted": "f1_weighted", "samples": "f1_samples"}
+# What is said of labels without examples, before their names. `multi_label_metrics` and `weighted_f1` do as it says.
+ABSENT = "No row has these labels, which count as 0 in macro averages and are left out of the mean average precision:"
 MANY_EMPTY = 0.1  # share of rows without a predicted label above which there is a warning
 NAMED_LABELS = 20  # number of labels that one warning names
-
-
-def scores_of(logits: np.ndarray) -> np.ndarray:
-    """Convert logits of any shape to scores in [0, 1], float32."""
-    return torch.sigmoid(torch.as_tensor(logits).float()).numpy()
+SHOWN_LABELS = 30  # number of labels in a table, on the screen and in the card
+WIDTH = 100  # columns of a table on the screen
+SHORTEST = 8  # to this width a text is shortened at most
 
 
 class ComputeMetrics:
@@ -103,9 +104,19 @@ def _warnings(predicted: np.ndarray, references: np.ndarray, names: Sequence[str
     support = actual.sum(axis=0)
     never = [f"{names[i]} ({support[i]:,})" for i in np.flatnonzero((support > 0) & ~predicted.any(axis=0))]
     if never:
-        more = f" and {len(never) - NAMED_LABELS} more" if len(never) > NAMED_LABELS else ""
-        warnings.append(f"Never predicted, though rows have them: {', '.join(never[:NAMED_LABELS])}{more}.")
-    return warnings
+        warnings.append(f"Never predicted, though rows have them: {_enumerate(never)}.")
+    return warnings + absent_labels(references, names)
+
+
+def absent_labels(references: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Return a sentence about the labels that no row has, or nothing. It says what they count in the averages."""
+    absent = [names[i] for i in np.flatnonzero(~(references == 1).any(axis=0))]
+    return [f"{ABSENT} {_enumerate(absent)}."] if absent else []
+
+
+def _enumerate(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED_LABELS:,} more" if len(names) > NAMED_LABELS else ""
+    return f"{', '.join(names[:NAMED_LABELS])}{more}"
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
@@ -116,7 +127,8 @@ def format_table(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> s
         rows (`Sequence[Mapping[str, Any]]`): One mapping from column name to value for each row, all with the same
             keys.
         markdown (`bool`, *optional*, defaults to `False`): Whether to write Markdown, with 3 digits for floats,
-            thousands separators and "–" for `None`. By default the table is plain text with 4 digits and "-".
+            thousands separators and "–" for `None`. By default the table is plain text with 4 digits and "-", and the
+            longest texts are shortened until it has at most `WIDTH` columns.
 
     Returns:
         `str`: The table; empty without rows.
@@ -132,8 +144,9 @@ def format_table(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> s
 
     columns = list(rows[0]) if rows else []
     numeric = [all(isinstance(row[name], Real | None) for row in rows) for name in columns]
+    cells = [[cell(row[name]) for name in columns] for row in rows]
     return tabulate(
-        [[cell(row[name]) for name in columns] for row in rows],
+        cells if markdown else _fitting(cells, columns, numeric),
         headers=columns,
         tablefmt="pipe" if markdown else "plain",
         colalign=["right" if number else "left" for number in numeric],
@@ -141,21 +154,53 @@ def format_table(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> s
     )
 
 
+def _fitting(cells: list[list[str]], columns: Sequence[str], numeric: Sequence[bool]) -> list[list[str]]:
+    """Shorten the texts of the widest columns, until all columns with the two spaces between them fit `WIDTH`."""
+    least = [len(name) + 2 for name in columns]  # tabulate pads each name of a column by two
+    widths = [max(sizes) for sizes in zip(least, *([len(text) for text in row] for row in cells), strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
+        texts = [i for i, number in enumerate(numeric) if not number and widths[i] > max(least[i], SHORTEST)]
+        if not texts:
+            break
+        widths[max(texts, key=lambda i: (i > 0, widths[i]))] -= 1  # the name of a row is cut last
+    return [
+        [text if len(text) <= width else f"{text[: width - 1]}…" for text, width in zip(row, widths, strict=True)]
+        for row in cells
+    ]
+
+
 def report_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """Format the reports of some splits side by side as plain text: one line for each label, then the averages."""
-    first = next(iter(reports.values()))
-    rows = [{"label": label["label"], "threshold": label["threshold"]} for label in first["per_label"]]
-    rows += [{"label": f"= {title} F1", "threshold": None} for title in AVERAGES]
-    for name, split in reports.items():
-        lines = [(label["support"], label["f1_at_0.5"], label["f1"], None) for label in split["per_label"]]
-        lines += [
-            (split["rows"], split["at_0.5"][key], split["fitted"][key], split["intervals"].get(key))
-            for key in AVERAGES.values()
+    """Format the averages of F1 of some splits as plain text: at 0.5, at the fitted thresholds, and the interval."""
+    return format_table(
+        [
+            {
+                "rows of": name,
+                "rows": split["rows"],
+                "F1": title,
+                "at 0.5": split["at_0.5"][key],
+                "fitted": split["fitted"][key],
+                "95%": "{:.3f}-{:.3f}".format(*split["intervals"][key]) if key in split["intervals"] else "",
+            }
+            for name, split in reports.items()
+            for title, key in AVERAGES.items()
         ]
-        for row, (count, at_half, f1, interval) in zip(rows, lines, strict=True):
-            row |= {f"{name} rows": count, f"{name} F1 at 0.5": at_half, f"{name} F1": f1}
-            row[f"{name} 95%"] = "" if interval is None else "{:.3f}-{:.3f}".format(*interval)
-    return format_table(rows)
+    )
+
+
+def shown_labels(per_label: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the figures of the `SHOWN_LABELS` labels with the most rows, in the order of all labels."""
+    frequent = sorted(per_label, key=lambda label: -label["support"])[:SHOWN_LABELS]
+    return [label for label in per_label if label in frequent]
+
+
+def _label_table(per_label: Sequence[Mapping[str, Any]], file: str) -> str:
+    columns = {"threshold": "threshold", "rows": "support", "F1 at 0.5": "f1_at_0.5", "F1": "f1"}
+    shown = shown_labels(per_label)
+    table = format_table(
+        [{"label": row["label"]} | {title: row[key] for title, key in columns.items()} for row in shown]
+    )
+    more = len(per_label) - len(shown)
+    return f"{table}\n(the {len(shown)} labels with the most rows; {more:,} more are in {file})" if more else table
 
 
 def group_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -182,9 +227,23 @@ def ablation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"rows": name, "F1, micro": row["f1"], "F1, macro": row["f1_macro"]} for name, row in figures.items()]
 
 
-def report_text(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """Format reports as plain text: [`report_table`], then subgroups, ablations and warnings of the last split."""
+def warning_text(warning: str) -> str:
+    """Format a warning of a report in lines of at most `WIDTH` columns."""
+    return textwrap.fill(f"Warning: {warning}", WIDTH, break_on_hyphens=False)
+
+
+def report_text(reports: Mapping[str, Mapping[str, Any]], file: str = "metrics.json") -> str:
+    """
+    Format reports as plain text of at most `WIDTH` columns.
+
+    Args:
+        reports (`Mapping[str, Mapping]`): Reports by split.
+        file (`str`, *optional*, defaults to `"metrics.json"`): The file that has all figures.
+
+    Returns:
+        `str`: [`report_table`], then the labels, subgroups, ablations and warnings of the last split.
+    """
     split, figures = list(reports.items())[-1]
     tables = [format_table(rows) for rows in (group_rows(figures), ablation_rows(figures)) if rows]
-    warnings = [f"Warning: {warning}" for warning in figures["warnings"]]
-    return "\n\n".join([report_table(reports), f"{split.capitalize()} rows:", *tables, *warnings])
+    labels, warnings = _label_table(figures["per_label"], file), map(warning_text, figures["warnings"])
+    return "\n\n".join([report_table(reports), f"{split.capitalize()} rows:", labels, *tables, *warnings])

@@ -1,7 +1,8 @@
 """Thresholds that turn scores into labels, fitted on validation rows.
 
-Every search is exact, because only the distinct scores need to be tried as cuts. The objectives differ in what one
-F-measure covers: all decisions (micro), those of a label (macro) or those of a row (samples).
+Every search is exact, because only the distinct scores need to be tried as cuts, and a cut above all of them, which
+accepts nothing. The objectives differ in what one F-measure covers: all decisions (micro), those of a label (macro) or
+those of a row (samples).
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ OBJECTIVES = get_args(Objective)
 SHRINKAGES = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, np.inf)  # the candidates of cross-validation
 ROUNDS = 10  # limit for the search over labels that depend on each other; it usually ends earlier
 NONE = Counts(0, 0, 0)
+TOP = np.nextafter(1.0, 0.0)  # the highest threshold; it accepts scores of 1, as every threshold does
 
 
 def best_threshold(
@@ -34,9 +36,10 @@ def best_threshold(
     """
     Find the one threshold for all labels that is best on the given rows.
 
-    The threshold lies halfway between the lowest accepted score and the next lower score (or 0). It equals no score,
-    and it still separates the two scores when it is rounded to float32. Among equally good cuts the highest is taken
-    (Lipton, Elkan & Naryanaswamy 2014, "Optimal Thresholding of Classifiers to Maximize F1 Measure").
+    The threshold lies halfway between the lowest accepted score and the next lower score (or 0), or between 1 and the
+    highest score where it is best to accept nothing. It equals no score, and it still separates the two scores when it
+    is rounded to float32. Among equally good cuts the highest is taken (Lipton, Elkan & Naryanaswamy 2014, "Optimal
+    Thresholding of Classifiers to Maximize F1 Measure"). On the given rows no other threshold is better.
 
     Args:
         scores (`ArrayLike` of shape `(N, L)`):
@@ -53,17 +56,23 @@ def best_threshold(
             one is taken and a warning is logged.
 
     Returns:
-        `float`: A threshold strictly between 0 and 1. It is 0.5, with a warning, if no positive has a score above 0,
-        because a long training should not end in an error.
+        `float`: A threshold strictly between 0 and 1. It is 0.5, with a warning, if every threshold is as good as
+        accepting nothing (no positive has a score above 0), because a long training should not end in an error.
 
     Raises:
         `ValueError`: if an argument has a wrong shape or range.
     """
     scores, references = check_scores(scores, references)
-    threshold = _best_cut(scores, references, _Target(objective, beta, precision))
+    target = _Target(objective, beta, precision)
+    threshold = _best_cut(scores, references, target)
     if threshold is None:
-        logger.warning("No positive label has a score above 0: no threshold can be fitted, 0.5 is used instead.")
+        logger.warning(
+            "Every threshold is as good as accepting nothing (no positive label has a score above 0?): no threshold "
+            "can be fitted, 0.5 is used instead."
+        )
         return 0.5
+    if objective == "precision" and (best := target.value(scores >= threshold, references)) < 1:
+        logger.warning(f"No threshold has a precision of {precision:.3f}: the most precise one has {best:.3f}.")
     return threshold
 
 
@@ -82,6 +91,10 @@ def label_thresholds(
     logit(t_global)` with `w = support / (support + shrinkage)`. The mean is taken over logits because low scores are
     less crowded there: halfway from 0.01 to 0.5 is then 0.09, not 0.255.
 
+    On the given rows the result is never worse than the global threshold of the same objective. If the shrunk
+    thresholds are worse, the global one is used instead: with the objective `"macro"` for the labels that it suits
+    better, otherwise for all labels.
+
     Args:
         scores (`ArrayLike` of shape `(N, L)`):
             Probabilities in [0, 1] of validation rows.
@@ -96,7 +109,7 @@ def label_thresholds(
         objective (`str`, *optional*, defaults to `"macro"`):
             As for [`best_threshold`]. The global threshold is fitted for `"micro"` if this is `"macro"`. For `"micro"`
             and `"samples"` one label after the other is fitted, with the others fixed, until nothing changes. For
-            `"precision"` each label reaches the precision by itself, and nothing is shrunk.
+            `"precision"` each label reaches the precision by itself or is never accepted, and nothing is shrunk.
         beta, precision (`float`, *optional*, default to 1.0 and 0.9):
             As for [`best_threshold`].
 
@@ -154,6 +167,10 @@ class _Target:
         """Count the decisions of each group."""
         return Counts.of(self.grouped(predicted), self.grouped(references)).sum(axis=1, keepdims=True)
 
+    def value(self, predicted: np.ndarray, references: np.ndarray) -> float:
+        """Return the mean of the measure over all groups, for decisions `(N, L)`."""
+        return float(self.measure(self.counts(predicted, references)).mean())
+
     def measure(self, counts: Counts) -> np.ndarray:
         """Return the value of each group of decisions."""
         if self.objective != "precision":
@@ -165,12 +182,11 @@ class _Target:
 
 
 def _best_cut(scores: np.ndarray, references: np.ndarray, target: _Target, fixed: Counts = NONE) -> float | None:
-    """Find the best threshold for decisions `(N, L)`; `None` if no threshold gives a true positive.
+    """Find the best threshold for decisions `(N, L)`; `None` if every cut is as good as accepting nothing.
 
     `fixed` counts the decisions of each group that do not depend on this threshold.
     """
-    if not ((references == 1) & (scores > 0)).any():
-        return None
+    scores = np.minimum(scores, TOP)  # a threshold is below 1, so it treats both alike
     scores, references = target.grouped(scores), target.grouped(references)
     order = np.argsort(-scores, axis=1, kind="stable")
     scores, references = (np.take_along_axis(table, order, axis=1) for table in (scores, references))
@@ -186,12 +202,12 @@ def _best_cut(scores: np.ndarray, references: np.ndarray, target: _Target, fixed
     scores, gained = scores[order], gains[order].cumsum()
     # equal scores are accepted together, and a score of 0 cannot be accepted
     ends = np.flatnonzero(np.diff(scores, append=0.0))
-    # rounded, because the same gains added in another order are equally good; the first is the highest cut
-    cut = ends[np.argmax(np.round(gained[ends], 12))]
-    if target.objective == "precision" and gained[cut] < 1:
-        logger.warning(
-            f"No threshold has a precision of {target.precision:.3f}: the most precise one has {gained[cut]:.3f}."
-        )
+    gained = np.round(gained[ends], 12)  # because the same gains added in another order are equally good
+    if not gained.any():
+        return None
+    if scores[0] < TOP and gained.max() <= 0:
+        return _between(1.0, scores[0])
+    cut = ends[np.argmax(gained)]  # the first is the highest cut
     return _between(scores[cut], scores[cut + 1] if cut + 1 < len(scores) else 0.0)
 
 
@@ -199,35 +215,54 @@ def _between(upper: float, lower: float) -> float:
     """Return a threshold that accepts the upper score and not the lower one, also after rounding to float32."""
     middle = (upper + lower) / 2
     threshold = middle if lower < np.float32(middle) <= upper else upper
-    return float(min(threshold, np.nextafter(1.0, 0.0)))
+    return float(min(threshold, TOP))
 
 
 def _fit_labels(scores: np.ndarray, references: np.ndarray, target: _Target) -> Callable[[float], np.ndarray]:
     """Fit the cut of each label. Returns a function from shrinkage to thresholds, as all shrinkages share the cuts."""
-    whole = replace(target, objective="micro") if target.objective == "macro" else target
-    common = _best_cut(scores, references, whole)
-    common = 0.5 if common is None else common
+    best = _best_cut(scores, references, target)
+    common = _best_cut(scores, references, replace(target, objective="micro")) if target.objective == "macro" else best
+    best, common = (0.5 if cut is None else cut for cut in (best, common))
+    cuts, support = _label_cuts(scores, references, target, common)
+
+    def shrunk(shrinkage: float) -> np.ndarray:
+        shrinkage = 0.0 if target.objective == "precision" else shrinkage
+        weight = support / np.maximum(support + shrinkage, 1)
+        mixed = np.minimum(expit(weight * logit(cuts) + (1 - weight) * logit(common)), TOP)
+        return np.select([weight == 1, weight == 0], [cuts, common], mixed)  # the ends without rounding
+
+    def never_worse(shrinkage: float) -> np.ndarray:
+        thresholds = shrunk(shrinkage)
+        own, whole = (target.measure(target.counts(scores >= cut, references)) for cut in (thresholds, best))
+        if own.sum() >= whole.sum():
+            return thresholds
+        worse = (own < whole)[:, 0] if target.objective == "macro" else True
+        return np.where(worse, best, thresholds)
+
+    return never_worse
+
+
+def _label_cuts(
+    scores: np.ndarray, references: np.ndarray, target: _Target, common: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best cut of each label and its number of positives: the common cut and 0 where nothing is fitted."""
     num_labels = scores.shape[1]
     cuts, support = np.full(num_labels, common), np.zeros(num_labels, dtype=int)
     joint = target.objective in ("micro", "samples")  # the best cut of a label depends on those of the others
     for _ in range(ROUNDS if joint else 1):
         previous = cuts.copy()
-        for label in range(num_labels):
+        for label in np.flatnonzero((references == 1).any(axis=0)):
             others = (np.delete(table, label, axis=1) for table in (scores >= cuts, references))
             fixed = target.counts(*others) if joint else NONE
-            cut = _best_cut(scores[:, [label]], references[:, [label]], target, fixed)
+            column = scores[:, [label]], references[:, [label]]
+            cut = _best_cut(*column, target, fixed)
             if cut is not None:
                 cuts[label], support[label] = cut, (references[:, label] == 1).sum()
+            if target.objective == "precision" and target.value(column[0] >= cuts[label], column[1]) < 1:
+                cuts[label] = _between(1.0, column[0].max())  # accept nothing
         if np.array_equal(cuts, previous):
             break
-
-    def shrunk(shrinkage: float) -> np.ndarray:
-        shrinkage = 0.0 if target.objective == "precision" else shrinkage
-        weight = support / np.maximum(support + shrinkage, 1)
-        mixed = expit(weight * logit(cuts) + (1 - weight) * logit(common))
-        return np.select([weight == 1, weight == 0], [cuts, common], mixed)  # the ends without rounding
-
-    return shrunk
+    return cuts, support
 
 
 def _cross_validated_shrinkage(scores: np.ndarray, references: np.ndarray, target: _Target) -> float:
@@ -243,7 +278,4 @@ def _cross_validated_shrinkage(scores: np.ndarray, references: np.ndarray, targe
         for shrinkage in SHRINKAGES:
             predicted[shrinkage][held] = scores[held] >= thresholds(shrinkage)
 
-    def value(shrinkage: float) -> float:
-        return target.measure(target.counts(predicted[shrinkage], references)).mean()
-
-    return max(reversed(SHRINKAGES), key=value)
+    return max(reversed(SHRINKAGES), key=lambda shrinkage: target.value(predicted[shrinkage], references))

@@ -21,6 +21,7 @@ from ..data.images import open_image
 from ..data.prepare import DataArguments
 from ..evaluation.report import format_table, scores_of
 from ..inference.predictor import Predictor
+from ..inference.quiet import without_message
 from ..model.image_processing_mmclf import MMClfImageProcessor
 from ..model.processing_mmclf import is_missing_image
 
@@ -163,7 +164,8 @@ def _write(predictor: Predictor, path: Path, batch: Batch) -> None:
     shapes = {name: {0: count, 1: length} if value.ndim == 2 else {0: count} for name, value in inputs.items()}
     # transformers.exporters calls the same function for the same graph, but takes twice as long, makes the image size
     # dynamic as well, and replaces internals of torch for generative models.
-    with warnings.catch_warnings():
+    folding = without_message("onnxscript.optimizer._constant_folding", "Skipping constant folding")
+    with warnings.catch_warnings(), folding:
         warnings.filterwarnings("ignore", message="# The axis name")  # one warning for each axis that inputs share
         program = torch.onnx.export(
             predictor.model,

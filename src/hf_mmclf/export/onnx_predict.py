@@ -50,6 +50,7 @@ class OnnxClassifier:
 
     def __init__(self, path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)):
         options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; not each node that cannot be computed in advance
         # Convert int8 weights of convolutions to floats once, when the model loads, and not in every run.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
@@ -64,7 +65,7 @@ class OnnxClassifier:
 
     def __call__(self, images: Any = None, text: Any = None, batch_size: int = 16) -> np.ndarray:
         """Compute scores in [0, 1], float32 of shape `(rows, labels)`. The arguments are those of `logits`."""
-        return np.exp(-np.logaddexp(0, -self.logits(images, text, batch_size)))
+        return sigmoid(self.logits(images, text, batch_size))
 
     def labels(self, images: Any = None, text: Any = None, batch_size: int = 16) -> list[list[tuple[str, float]]]:
         """
@@ -165,6 +166,12 @@ class OnnxClassifier:
         values = np.asarray(square, np.float32) * self.image["scale"]
         values = (values - self.image["mean"]) / self.image["std"]
         return values.transpose(2, 0, 1).astype(np.float32)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Convert logits to scores, float32, with the bits of the model's own scores: both are computed in float64."""
+    with np.errstate(over="ignore"):
+        return (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
 
 
 def _as_list(rows: Any) -> list | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..evaluation.report import ablation_rows, format_table, group_rows
+from ..evaluation.report import SHOWN_LABELS, ablation_rows, format_table, group_rows
 from ..model.configuration_mmclf import MMClfConfig
 from .card_tables import (
     AT,
@@ -76,6 +76,7 @@ def render_card(folder: str | Path) -> ModelCard:
         title=training.get("preset", config.model_type),
         split=split,
         report=report,
+        more_labels=max(0, config.num_labels - SHOWN_LABELS),
         data=escape(" + ".join(training.get("data", []))),
         is_demo=training.get("data") == [EMBEDDED],
         base_models=training.get("base_models"),

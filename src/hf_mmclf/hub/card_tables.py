@@ -1,9 +1,10 @@
 """The tables of the card: what `config.json`, `metrics.json` and `training.json` hold, as rows."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..evaluation.report import SHOWN_LABELS, shown_labels
 from ..model.configuration_mmclf import MMClfConfig
 
 # Names of the figures of metrics.json, in the order of the card.
@@ -125,15 +126,15 @@ def _with_interval(report: Mapping[str, Any], at: str, figure: str) -> float | s
     return value if interval is None else "{:.3f} ({:.3f}–{:.3f})".format(value, *interval)
 
 
-def label_rows(per_label: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the figures of each label."""
+def label_rows(per_label: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the figures of the labels that have the most rows, as on the screen."""
     return [
         {"label": escape(row["label"])} | {title: row.get(key) for title, key in LABEL_COLUMNS.items()}
-        for row in per_label
+        for row in shown_labels(per_label)
     ]
 
 
 def threshold_rows(config: MMClfConfig) -> list[dict[str, Any]]:
-    """Return the labels and thresholds of a model that came without figures."""
-    pairs = zip(config.label_names, config.thresholds, strict=True)
+    """Return the first labels and their thresholds, for a model that came without figures."""
+    pairs = list(zip(config.label_names, config.thresholds, strict=True))[:SHOWN_LABELS]
     return [{"label": escape(name), "threshold": threshold} for name, threshold in pairs]

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..data.prepare import DataArguments, presence, references_of
 from ..evaluation.bootstrap import paired_difference
-from ..evaluation.report import format_table
+from ..evaluation.report import absent_labels, format_table, warning_text
 from .predictor import Predictor
 
 SHOWN_ROWS = 5
@@ -36,9 +36,10 @@ def compare(
 
     Returns:
         `dict`: `a` and `b` (folders), `split`, `rows` (how many), `left_out` (how many rows only one model takes),
-        `bad_images` (row and reason), `figures` (of [`paired_difference`]), `right` (in how many rows `both`, only
-        `a`, only `b` and `neither` predict exactly the labels) and `only_one_right` (those rows: `row`, `right`, and
-        the ids of the `labels` and of the predictions of `a` and `b`).
+        `bad_images` (row and reason), `warnings` (sentences about labels that no row has), `figures` (of
+        [`paired_difference`]), `right` (in how many rows `both`, only `a`, only `b` and `neither` predict exactly the
+        labels) and `only_one_right` (those rows: `row`, `right`, and the ids of the `labels` and of the predictions of
+        `a` and `b`).
 
     Raises:
         `ValueError`: if the models have different labels, they share no rows, or the rows have no labels.
@@ -70,6 +71,7 @@ def compare(
         "rows": len(shared),
         "left_out": len(places_a.keys() ^ places_b.keys()),
         "bad_images": list(dict.fromkeys(bad for found in prepared for bad in found.bad_images)),
+        "warnings": absent_labels(references, a.labels.names),
         "figures": paired_difference(predicted_a, predicted_b, references, resamples=resamples, seed=seed),
         **_right_rows(predicted_a, predicted_b, references, shared, np.array(a.labels.ids)),
     }
@@ -96,7 +98,9 @@ def comparison_text(comparison: dict[str, Any]) -> str:
     if comparison["left_out"]:
         rows += f"; {comparison['left_out']:,} that only one model takes are left out"
     right = "Rows with exactly their labels: both {both:,}, only A {a:,}, only B {b:,}, neither {neither:,}"
-    parts = [f"A: {comparison['a']}\nB: {comparison['b']}\n{rows}", table, right.format(**comparison["right"])]
+    parts = [f"A: {comparison['a']}\nB: {comparison['b']}\n{rows}", table]
+    parts += map(warning_text, comparison.get("warnings", ()))
+    parts.append(right.format(**comparison["right"]))
     shown = [
         {"row": row["row"], "only right": model.upper()}
         | {title: " ".join(row[title.lower()]) or "-" for title in ("labels", "A", "B")}

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..model.modeling_mmclf import MMClfForImageTextClassification
-from ..model.pipeline_mmclf import is_one
+from ..model.pipeline_mmclf import is_one, scores_of
 
 Features = tuple[torch.Tensor, torch.Tensor]  # tokens and their mask
 LINE = 72  # characters in a line of the text in a figure
@@ -212,11 +212,11 @@ def explain(
                 Word(text[slice(*span)], fall, span) for span, fall in zip(read.spans, falls.tolist(), strict=True)
             ]
         if seen and read:
-            without_image = float(_logits(model, None, text_features)[0, index].sigmoid())
-            without_text = float(_logits(model, image_features, None)[0, index].sigmoid())
+            without_image = float(scores_of(_logits(model, None, text_features)[0, index]))
+            without_text = float(scores_of(_logits(model, image_features, None)[0, index]))
     return Explanation(
         label=names[index],
-        score=float(logits[index].sigmoid()),
+        score=float(scores_of(logits[index])),
         threshold=model.config.thresholds_for(image is not None, text is not None)[index],
         image=seen and seen.image,
         text=text,

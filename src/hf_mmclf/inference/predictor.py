@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..model.configuration_mmclf import MMClfConfig
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from ..model.pipeline_mmclf import TASK, ImageTextClassificationPipeline
 from ..model.processing_mmclf import MMClfProcessor
+from .quiet import no_progress_bars
 
 logger = logging.get_logger(__name__)
 
@@ -65,11 +66,20 @@ def atomic_folder(output: str | Path, stage: str | Path | None = None) -> Iterat
     stage.mkdir(parents=True)
     try:
         yield stage
+        follow_umask(stage)
         (output / "config.json").unlink(missing_ok=True)
         for file in sorted(stage.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(output / file.name)
     finally:
         shutil.rmtree(stage)
+
+
+def follow_umask(folder: str | Path) -> None:
+    """Give the files of a folder the permissions that the folder has; safetensors hides its files from others."""
+    for file in Path(folder).iterdir():
+        if file.is_file():
+            with suppress(PermissionError):  # of a file system without permissions
+                file.chmod(Path(folder).stat().st_mode & 0o666)
 
 
 def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor, folder: str | Path) -> None:
@@ -85,7 +95,8 @@ def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor
     """
     # Only a pipeline writes the name of its task and its class to config.json. It also sets the length limit.
     pipe = ImageTextClassificationPipeline(model=model, processor=processor, task=TASK, device=model.device)
-    pipe.save_pretrained(folder)
+    with no_progress_bars():
+        pipe.save_pretrained(folder)
 
 
 @dataclasses.dataclass
@@ -139,7 +150,8 @@ class Predictor:
         kind = MMClfConfig.get_config_dict(folder)[0].get("model_type")
         if kind != MMClfConfig.model_type:
             raise ValueError(f"{folder}: a {kind} model; expected a folder that `hf-mmclf train` wrote")
-        model = MMClfForImageTextClassification.from_pretrained(folder)
+        with no_progress_bars():
+            model = MMClfForImageTextClassification.from_pretrained(folder)
         return cls(folder, model, MMClfProcessor.from_pretrained(folder, trust_remote_code=False))
 
     @property
@@ -259,6 +271,7 @@ class Predictor:
         options["use_cpu"] = not torch.accelerator.is_available()  # else Trainer overlooks several processes on CPUs
         if workers is None and len(rows) <= batch_size:
             workers = 0  # starting processes takes longer than the work
+        options["disable_tqdm"] = len(rows) <= batch_size  # a bar of one step says nothing
         if workers is not None:
             options |= {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
         with tempfile.TemporaryDirectory() as scratch:  # Trainer needs a folder, though prediction writes nothing

@@ -16,9 +16,19 @@ from torch.utils.data import Dataset
 
 from .processing_mmclf import is_missing_image, is_missing_text
 
-__all__ = ["TASK", "ImageTextClassificationPipeline", "pipeline"]
+__all__ = ["TASK", "ImageTextClassificationPipeline", "pipeline", "scores_of"]
 
 TASK = "image-text-classification"
+
+
+def scores_of(logits: np.ndarray | torch.Tensor) -> np.ndarray:
+    """
+    Convert logits of any shape to scores in [0, 1], float32.
+
+    The sigmoid is computed in float64 and then rounded, as in `predict.py` of an export. In float32, torch gives two
+    results for 4% of all numbers, by the place of the number in the tensor.
+    """
+    return torch.as_tensor(logits).cpu().double().sigmoid().float().numpy()
 
 
 class Records(Dataset):
@@ -260,7 +270,7 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
             top_k, return_all_scores: As for the call.
         """
         config = self.model.config
-        scores = model_outputs["logits"][0].float().sigmoid().numpy()
+        scores = scores_of(model_outputs["logits"][0])
         present = [bool(model_outputs.get(part, [True])[0]) for part in ("image", "text")]
         if return_all_scores or (thresholds is None and top_k is not None):
             hits = np.full(len(scores), True)

@@ -1,13 +1,13 @@
 """Arguments of a training run: the architecture and its weights, and `transformers.TrainingArguments` with more."""
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import timm
 from transformers import TrainingArguments
+
+from hf_mmclf_cli import did_you_mean
 
 from ..data.augmentation import AugmentationArguments
 from ..data.prepare import DataArguments
@@ -244,9 +244,3 @@ class MMClfTrainingArguments(TrainingArguments):
 
 
 Arguments = tuple[ModelArguments, DataArguments, AugmentationArguments, MMClfTrainingArguments]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean ...?` with the known name nearest to `name`, or an empty string if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

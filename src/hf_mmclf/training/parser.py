@@ -5,12 +5,8 @@ A flag is documented once: in the `Args` section of its dataclass's docstring, f
 
 import argparse
 import dataclasses
-import inspect
 import json
-import re
-import shutil
 import sys
-import textwrap
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -20,16 +16,16 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
+from hf_mmclf_cli import Documented, argument_entry, check_unknown, did_you_mean, documentation, entry, fill
+
 from ..data.augmentation import AugmentationArguments
 from ..data.prepare import DataArguments
 from ..inference.predictor import machine_defaults
 from ..presets import get_preset
-from .arguments import Arguments, MMClfTrainingArguments, ModelArguments, did_you_mean
+from .arguments import Arguments, MMClfTrainingArguments, ModelArguments
 from .inputs import check_arguments
 
 CLASSES = (ModelArguments, DataArguments, AugmentationArguments, MMClfTrainingArguments)
-
-COLUMN = 24  # where the texts of the help begin
 
 
 class CommandParser(HfArgumentParser):
@@ -70,11 +66,8 @@ class CommandParser(HfArgumentParser):
             `tuple`: One instance of each dataclass, then a namespace with the arguments of `add_argument`.
         """
         namespace, unknown = self.parse_known_args(argv)
-        if unknown:
-            flag = unknown[0].partition("=")[0]
-            known = [f"--{name}" for name in self.fields()]
-            known += [spelling for action in self.added for spelling in action.option_strings]
-            self.error(f"unknown argument {flag!r}{did_you_mean(flag, known) or '; --help lists them'}")
+        known = [f"--{name}" for name in self.fields()]
+        check_unknown(self, unknown, known + [name for action in self.added for name in action.option_strings])
         values, parsed = vars(namespace), []
         try:
             for kind in self.dataclass_types:
@@ -86,35 +79,20 @@ class CommandParser(HfArgumentParser):
     def format_help(self) -> str:
         """Return the help: usage, description, added arguments, then one group for each dataclass."""
         fields = self.fields()
-        lines = [self.format_usage(), _fill(self.description), "", "arguments:"]
-        for action in self.added:
-            if action.dest not in fields:
-                spellings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
-                value = action.metavar or "VALUE" if action.option_strings and action.nargs != 0 else ""
-                name = ", ".join(spellings) or str(action.metavar or action.dest)
-                lines.append(self._entry(f"{name} {value}", action.help, action.dest))
+        lines = [self.format_usage(), fill(self.description), "", "arguments:"]
+        lines += [
+            argument_entry(action, self.get_default(action.dest)) for action in self.added if action.dest not in fields
+        ]
         for kind in self.dataclass_types:
-            summary, texts = _documentation(kind)
-            lines += ["", f"{getattr(kind, '_argument_group_name', 'more arguments')}:", _fill(summary, 2), ""]
+            summary, documented = _documentation(kind)
+            lines += ["", f"{getattr(kind, '_argument_group_name', 'more arguments')}:", fill(summary, 2), ""]
             for field in sorted(_fields(kind), key=lambda field: field.kw_only):  # inherited architecture last
                 if field.name not in self.hidden:
-                    text = texts.get(field.name) or field.metadata.get("help")
-                    lines.append(self._entry(f"--{field.name} {_value(field)}", text, field.name))
-        return "\n".join([*lines, "", _fill(self.epilog), ""])
-
-    def _entry(self, head: str, text: str | None, name: str) -> str:
-        """Format one argument: its flag and value, its text and its default."""
-        default = self.get_default(name)
-        default = getattr(default, "value", default)  # of an enumeration
-        shown = f" (default: {default})" if default not in (None, argparse.SUPPRESS) and default is not False else ""
-        head, body = f"  {head.strip()}", _fill(f"{text or ''}{shown}", COLUMN)
-        return f"{head:{COLUMN}}{body[COLUMN:]}" if len(head) < COLUMN - 1 else f"{head}\n{body}"
-
-
-def _fill(text: str | None, indent: int = 0) -> str:
-    width = shutil.get_terminal_size().columns - 2
-    options = dict(initial_indent=" " * indent, subsequent_indent=" " * indent, break_on_hyphens=False)
-    return textwrap.fill(text or "", width, **options)
+                    text = documented[field.name].text if field.name in documented else field.metadata.get("help")
+                    default = self.get_default(field.name)
+                    default = getattr(default, "value", default)  # of an enumeration
+                    lines.append(entry(f"--{field.name} {_value(field)}", text, default))
+        return "\n".join([*lines, "", fill(self.epilog), ""])
 
 
 def _fields(kind: type) -> list[dataclasses.Field]:
@@ -130,18 +108,8 @@ def _value(field: dataclasses.Field) -> str:
     return {int: "N", float: "X", bool: "[BOOL]", bool | None: "[BOOL]"}.get(field.type, "VALUE")
 
 
-def _documentation(kind: type) -> tuple[str, dict[str, str]]:
-    """Read the summary of a dataclass, and the text of each field from the docstrings of the class and its bases."""
-    summary, texts = "", {}
-    for base in reversed(kind.__mro__):
-        text = re.sub(r"\[`|`\]|`", "", inspect.cleandoc(base.__doc__ or ""))
-        before, _, section = text.partition("\nArgs:\n")
-        summary = " ".join(before.partition("\n\n")[0].split())
-        section = re.split(r"\n(?=\S)", section)[0]  # the lines before the next section
-        for entry in re.split(r"^ {4}(?=\S)", section, flags=re.MULTILINE)[1:]:
-            head, _, words = " ".join(entry.split()).partition("): ")
-            texts |= dict.fromkeys(head.partition(" (")[0].split(", "), words)
-    return summary, texts
+def _documentation(kind: type) -> tuple[str, dict[str, Documented]]:
+    return documentation(base.__doc__ or "" for base in reversed(kind.__mro__))
 
 
 def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) -> Arguments:

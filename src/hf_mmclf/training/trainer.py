@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_utils import TrainOutput
 
+from ..inference.predictor import follow_umask
+from ..inference.quiet import no_progress_bars, without_message
 from .arguments import MMClfTrainingArguments
 from .losses import MultiLabelLoss
+from .progress import EvaluationLines, StepBar
 
 BACKBONES = ("image_model", "text_model")
 
@@ -45,6 +49,10 @@ class MMClfTrainer(Trainer):
             # Trainer warns that its own loss cannot smooth multi-label targets; the criterion can.
             warnings.filterwarnings("ignore", "Label smoothing is not compatible with multi-label")
             super().__init__(*args, **kwargs)
+        # Both print every log as a dictionary.
+        if not self.pop_callback(PrinterCallback) and self.pop_callback(ProgressCallback):
+            self.add_callback(StepBar)
+        self.add_callback(EvaluationLines)
         if self.optimizer is not None and self.args.backbone_learning_rate is not None:
             raise ValueError("the optimizer is given, so backbone_learning_rate would be ignored; set it to None")
         self.criterion = (MultiLabelLoss() if criterion is None else criterion).to(self.args.device)
@@ -109,6 +117,18 @@ class MMClfTrainer(Trainer):
                 "set it to None, or choose another optimizer"
             )
         return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as `Trainer` does, without a progress bar, and readable by others if the folder is."""
+        with no_progress_bars():
+            super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            follow_umask(output_dir or self.args.output_dir)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as `Trainer` does, without a warning about checkpoints that are written within one second."""
+        with without_message("transformers.trainer_utils", "mtime may not be reliable"):
+            return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """Create the loader of training rows, with `train_data_collator` if there is one."""
