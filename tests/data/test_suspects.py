@@ -25,9 +25,7 @@ def test_each_kind_gives_one_warning_with_examples(rows, warning):
 
 
 def test_labels_without_a_fault_give_no_warning():
-    assert (
-        warnings_of("cat dog", "traffic_light", "animal/cat animal/dog", "food/pie", "c++ c#", "", "1.5 nan1") == []
-    )
+    assert warnings_of("cat dog", "traffic_light", "animal/cat animal/dog", "food/pie", "c++ c#", "", "1.5 nan1") == []
 
 
 def test_images_with_different_labels():
