@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -14,13 +14,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ..model.image_processing_mmclf import read_image
 from ..model.processing_mmclf import is_missing_image
 
 
-def open_image(cell: str | Mapping[str, Any], folder: Path, where: str, short_edge: int | None = None) -> torch.Tensor:
+def open_image(
+    cell: str | Mapping[str, Any],
+    folder: Path,
+    where: str,
+    short_edge: int | None = None,
+    max_pixels: float | None = None,
+) -> torch.Tensor:
     """
     Open the image of a cell by [`read_image`].
 
@@ -29,6 +36,8 @@ def open_image(cell: str | Mapping[str, Any], folder: Path, where: str, short_ed
         folder (`Path`): The folder to which file names are relative.
         where (`str`): The name of the row, for errors.
         short_edge (`int`, *optional*): A number of pixels of the short edge that is enough. Defaults to the full size.
+        max_pixels (`float`, *optional*): The largest number of pixels. By default there is no limit, because
+            [`check_sizes`] has checked the rows.
 
     Returns:
         `torch.Tensor`: An upright RGB image, uint8 of shape `(3, height, width)`.
@@ -36,14 +45,20 @@ def open_image(cell: str | Mapping[str, Any], folder: Path, where: str, short_ed
     Raises:
         `ValueError`: If the image cannot be read. The message names the row.
     """
-    name, data = (cell, None) if isinstance(cell, str) else (cell.get("path"), cell.get("bytes"))
+    name = cell if isinstance(cell, str) else cell.get("path")
     try:
-        return read_image(folder / name if data is None else BytesIO(data), short_edge)
+        return read_image(_file(cell, folder), short_edge, max_pixels)
     except ValueError as error:
         raise ValueError(
             f"{where}: cannot read the image {name or 'in the table'}: {error}. --bad_images skip leaves such rows "
             "out, --bad_images missing keeps them without an image"
         ) from error
+
+
+def _file(cell: str | Mapping[str, Any], folder: Path) -> Path | BytesIO:
+    if isinstance(cell, str) or cell.get("bytes") is None:
+        return folder / (cell if isinstance(cell, str) else cell["path"])
+    return BytesIO(cell["bytes"])
 
 
 def image_paths(data: Dataset) -> list[str | bool | None]:
@@ -108,7 +123,49 @@ def _near(folder: Path, path: str) -> str:
     return f", but {meant[0]!r} is" if meant else ""
 
 
-def without_bad_images(data: Dataset, folder: Path, policy: str) -> tuple[Dataset, list[tuple[str, str]]]:
+def check_sizes(data: Dataset, folder: Path, max_pixels: float) -> None:
+    """
+    Read the size of every image from the beginning of its file, before training, so that none fills the memory later.
+
+    Args:
+        data (`Dataset`): Columns `image` and `where`.
+        folder (`Path`): The folder to which image names are relative.
+        max_pixels (`float`): The largest number of pixels of an image.
+
+    Raises:
+        `ValueError`: If an image has more pixels. The message names its row.
+    """
+
+    def size(cell: Any) -> tuple[int, int]:
+        try:
+            with Image.open(_file(cell, folder)) as opened:
+                return opened.size
+        except Exception:  # an image that cannot be read is an error when it is read
+            return 0, 0
+
+    for row, (width, height) in enumerate(_each_image(data, size, "Checking sizes", (0, 0))):
+        if width * height > max_pixels:
+            raise ValueError(
+                f"{data['where'][row]}: the image has {width} x {height} pixels, more than {max_pixels / 1e6:g} "
+                "megapixels; --pixel_limit raises the limit, --bad_images skip leaves such rows out, --bad_images "
+                "missing keeps them without an image"
+            )
+
+
+def _each_image(data: Dataset, function: Callable[[Any], Any], title: str, missing: Any = None) -> list[Any]:
+    """Apply a function to the image cell of each row, by four threads, so that memory does not grow with the cores."""
+
+    def apply(row: int) -> Any:
+        cell = data[row]["image"]
+        return missing if is_missing_image(cell) else function(cell)
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(tqdm(pool.map(apply, range(len(data))), total=len(data), desc=title, delay=1))
+
+
+def without_bad_images(
+    data: Dataset, folder: Path, policy: str, max_pixels: float | None = None
+) -> tuple[Dataset, list[tuple[str, str]]]:
     """
     Open every image once, before training, so that bad ones can be listed and workers meet none.
 
@@ -116,6 +173,7 @@ def without_bad_images(data: Dataset, folder: Path, policy: str) -> tuple[Datase
         data (`Dataset`): Columns `image` and `where`.
         folder (`Path`): The folder to which image names are relative.
         policy (`str`): `"skip"` leaves rows with a bad image out, `"missing"` keeps them without the image.
+        max_pixels (`float`, *optional*): The largest number of pixels of a good image.
 
     Returns:
         `tuple[Dataset, list[tuple[str, str]]]`: The rows, and the row and the reason for each bad image.
@@ -124,17 +182,14 @@ def without_bad_images(data: Dataset, folder: Path, policy: str) -> tuple[Datase
         `ValueError`: If no row is left.
     """
 
-    def problem(number: int) -> str | None:
-        row = data[number]
+    def problem(cell: Any) -> str | None:
         try:
-            if not is_missing_image(row["image"]):
-                open_image(row["image"], folder, row["where"])
+            open_image(cell, folder, "", max_pixels=max_pixels)
         except ValueError as error:
             return str(error.__cause__)
         return None
 
-    with ThreadPoolExecutor() as pool:
-        problems = list(tqdm(pool.map(problem, range(len(data))), total=len(data), desc="Checking images", delay=1))
+    problems = _each_image(data, problem, "Checking images")
     bad = [row for row, reason in enumerate(problems) if reason is not None]
     good = [row for row, reason in enumerate(problems) if reason is None]
     listed = [(data[row]["where"], problems[row]) for row in bad]

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, Image
 from transformers.utils import logging
 
 from .demo import DEMO_LABELS, demo_dataset
-from .images import check_paths, image_paths, without_bad_images
+from .images import check_paths, check_sizes, image_paths, without_bad_images
 from .labels import (
     LabelSet,
     ParsedLabels,
@@ -83,6 +83,8 @@ class DataArguments:
         bad_images (`str`, *optional*, defaults to `"error"`):
             What happens if an image cannot be read: error stops, skip leaves the row out, missing keeps the row
             without its image.
+        pixel_limit (`float`, *optional*, defaults to 100.0):
+            Images with more megapixels count as images that cannot be read. Pillow has a limit of 178 of its own.
     """
 
     _argument_group_name = "data"
@@ -106,6 +108,7 @@ class DataArguments:
     shuffle_buffer: int = 1000
     validation_rows: int = 0
     bad_images: Literal["error", "skip", "missing"] = "error"
+    pixel_limit: float = 100.0
 
 
 @dataclasses.dataclass
@@ -170,8 +173,11 @@ def prepare_data(
             split = _with_labels(split, label_set, parsed[name])
         if uses_image:
             check_paths(split, folder)
-            if args.bad_images != "error":
-                split, bad = without_bad_images(split, folder, args.bad_images)
+            max_pixels = args.pixel_limit * 1e6
+            if args.bad_images == "error":
+                check_sizes(split, folder, max_pixels)
+            else:
+                split, bad = without_bad_images(split, folder, args.bad_images, max_pixels)
                 bad_images += bad
         _check_modalities(split, uses_image, uses_text)
         splits[name] = split

@@ -3,12 +3,16 @@
 This file is pushed to the Hub as code: it imports only third-party packages and its neighbours.
 """
 
+import ipaddress
+import math
 import os
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from io import BufferedIOBase, BytesIO
 from typing import Any
-from urllib.request import urlopen
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import numpy as np
 import torch
@@ -23,6 +27,9 @@ except (ImportError, OSError, RuntimeError):  # not installed, or not for this t
     decode_jpeg = None
 
 __all__ = ["MMClfImageProcessor", "read_image", "to_rgb"]
+
+PIXEL_LIMIT = 100_000_000  # a file of a few kilobytes can have more pixels than fit in memory
+URL_LIMIT = 50_000_000  # bytes
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -58,7 +65,9 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values.clip(0) * (255 / white)).round().astype(np.uint8))
 
 
-def read_image(file: str | os.PathLike | BytesIO, short_edge: int | None = None) -> torch.Tensor:
+def read_image(
+    file: str | os.PathLike | BytesIO, short_edge: int | None = None, max_pixels: float | None = PIXEL_LIMIT
+) -> torch.Tensor:
     """
     Decode an image file to upright 8-bit RGB pixels, as [`to_rgb`] does.
 
@@ -68,16 +77,23 @@ def read_image(file: str | os.PathLike | BytesIO, short_edge: int | None = None)
         short_edge (`int`, *optional*):
             Pixels that are enough: a JPEG whose short edge has so many also at a half, a quarter or an eighth of its
             size is decoded to that, which is faster. Defaults to the full size.
+        max_pixels (`float`, *optional*, defaults to 1e8):
+            Images with more pixels are not decoded. `None` leaves Pillow's own limit alone.
 
     Returns:
         `torch.Tensor`: uint8, of shape (3, height, width).
 
     Raises:
-        `ValueError`: if the image cannot be read.
+        `ValueError`: if the image cannot be read or has too many pixels.
+        `MemoryError`: if there is not enough memory.
     """
     try:
         with Image.open(file) as opened:
             size = opened.size
+            if max_pixels is not None and math.prod(size) > max_pixels:
+                raise ValueError(
+                    f"{size[0]} x {size[1]} pixels are more than the limit of {max_pixels / 1e6:g} megapixels"
+                )
             if short_edge is not None:
                 opened.draft(None, (short_edge, short_edge))
             plain = opened.format == "JPEG" and opened.mode == "RGB" and opened.size == size
@@ -88,15 +104,53 @@ def read_image(file: str | os.PathLike | BytesIO, short_edge: int | None = None)
     except UnidentifiedImageError:  # its message may hold no more than an address in memory
         size = file.getbuffer().nbytes if isinstance(file, BytesIO) else os.path.getsize(file)
         raise ValueError("not an image of a known format" if size else "the file is empty") from None
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly everything
+        if isinstance(error, RuntimeError) and "alloc" in str(error):  # torch has no class for it
+            raise MemoryError(str(error)) from error
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def _fetch(source: str) -> Any:
+class _PublicRedirects(HTTPRedirectHandler):
+    """Follow redirects to public addresses only: a web page must not make this machine read its own network."""
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        host = urlsplit(newurl).hostname or ""
+        try:
+            found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
+        except OSError as error:
+            raise ValueError(f"it redirects to {host!r}, which has no address ({error})") from None
+        if not all(ipaddress.ip_address(address).is_global for address in found):
+            raise ValueError(f"it redirects to {host!r}, which is a private address")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def download(url: str, max_bytes: int = URL_LIMIT) -> bytes:
+    """
+    Read a URL of the scheme http, https or data. Redirects to private addresses are refused.
+
+    Args:
+        url (`str`): The URL. One that names a private address itself is read, because the caller has chosen it.
+        max_bytes (`int`, *optional*, defaults to 5e7): The largest number of bytes.
+
+    Raises:
+        `ValueError`: if there are more bytes, or at a redirect to a private address.
+        `OSError`: if the URL cannot be read.
+    """
+    with build_opener(_PublicRedirects).open(url, timeout=60) as response:
+        content = response.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"more than {max_bytes / 1e6:g} MB")
+    return content
+
+
+def _fetch(source: str, allow_urls: bool) -> Any:
     # Not transformers' load_image where it can be helped: it drops transparency and clips 16 bits.
     if source.startswith(("http://", "https://", "data:")):
-        with urlopen(source, timeout=60) as response:
-            return read_image(BytesIO(response.read()))
+        if not (allow_urls or source.startswith("data:")):
+            raise ValueError("URLs are not allowed here; give a file or its bytes")
+        return read_image(BytesIO(download(source)))
     if os.path.isfile(source):
         return read_image(source)
     try:
@@ -127,6 +181,8 @@ class MMClfImageProcessor(TorchvisionBackend):
             Mean of the red, green and blue channel, in units of the 0 to 1 range.
         image_std (`list[float]`, *optional*, defaults to ImageNet's):
             Standard deviation of the three channels, in the same units.
+        allow_urls (`bool`, *optional*, defaults to `True`):
+            Whether an image may be a URL; see [`download`] for what is read. It is saved with the processor.
         kwargs:
             The other arguments of transformers' image processors (`do_resize`, `do_rescale`, `rescale_factor`,
             `do_normalize`, `device`, ...). Each may also be given when calling the processor.
@@ -147,6 +203,7 @@ class MMClfImageProcessor(TorchvisionBackend):
     do_center_crop = True
     do_rescale = True
     do_normalize = True
+    allow_urls = True
 
     def _standardize_kwargs(self, size: Any = None, crop_size: Any = None, **kwargs) -> dict[str, Any]:
         given = dict(size) if isinstance(size, dict | SizeDict) else {"longest_edge": size}
@@ -174,7 +231,7 @@ class MMClfImageProcessor(TorchvisionBackend):
         if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 2:
             return images[..., None]  # grey
         if isinstance(images, str | os.PathLike):
-            return _fetch(os.fspath(images))
+            return _fetch(os.fspath(images), self.allow_urls)
         if isinstance(images, list | tuple):
             if not images:
                 raise ValueError("There is no image to process: the list is empty")
