@@ -26,6 +26,7 @@ COLUMN = 24  # where the texts of the help begin
 OF_TRAINING = ("validation_data", "test_data", "validation_fraction", "test_fraction", "split_seed")
 OF_TRAINING += ("label_names_file", "streaming", "shuffle_buffer", "validation_rows")
 FOLDER = dict(help="Output folder of a training run.")
+OVERWRITE = dict(action="store_true", help="Let --output replace a file.")
 
 
 class Command(NamedTuple):
@@ -62,6 +63,7 @@ COMMANDS = {
         {
             "folder": FOLDER,
             "--output": dict(default="metrics.json", help="File for the figures (.json)."),
+            "--overwrite": OVERWRITE,
             "--no_ablations": dict(
                 action="store_true",
                 help="Leave out the figures without texts, without images and with shuffled texts: three more passes.",
@@ -76,6 +78,7 @@ COMMANDS = {
             "a": FOLDER,
             "b": FOLDER,
             "--output": dict(help="File for the figures and for all rows that only one model has right (.json)."),
+            "--overwrite": OVERWRITE,
         },
     ),
     "predict": Command(
@@ -89,6 +92,7 @@ COMMANDS = {
                 help="File: .csv for ImageID,Labels as in the competition, .jsonl for labels and scores. Default: "
                 "print them."
             ),
+            "--overwrite": OVERWRITE,
         },
     ),
     "push": Command(

@@ -170,7 +170,7 @@ class TestEvaluate:
         main(["evaluate", "model", "--data", "train.csv"])
         assert "train" in json.loads((here / "metrics.json").read_text())
         monkeypatch.chdir(folder)
-        assert "holds the figures of the training run" in error_of(["evaluate", ".", "--data", str(table)], capsys)
+        assert "metrics.json is a file of the model" in error_of(["evaluate", ".", "--data", str(table)], capsys)
         assert (folder / "metrics.json").read_text() == "training"
 
     @pytest.mark.parametrize("flags, name, rows", [([], "test", [2, 4]), (["--split", "train"], "train", [0, 1, 3])])

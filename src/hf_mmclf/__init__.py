@@ -93,7 +93,9 @@ class _MainProcessHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if os.environ.get("RANK", "0") == "0":
-            print(self.format(record), file=sys.stderr)
+            from .evaluation.report import printable
+
+            print(printable(self.format(record)), file=sys.stderr)
 
 
 _logger = logging.getLogger(__name__)

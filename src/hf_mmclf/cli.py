@@ -51,10 +51,16 @@ def run(name: str, argv: Sequence[str]) -> None:
     commands = {function.__name__[1:]: function for function in functions}
     try:
         commands[name](argv)
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+    except KeyboardInterrupt:
+        print(f"hf-mmclf {name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, ImportError, MemoryError, StrictDataclassError) as error:
+        from .evaluation.report import printable
+
         # An error of a worker process contains its traceback, an error of a configuration the name of the check.
         message = re.sub(r"^(Caught|Class validation) .*\n\s*\w*Error: ", "", str(error), flags=re.DOTALL)
-        sys.exit(f"hf-mmclf {name}: error: {' '.join(message.split())}")
+        message = f"not enough memory: {message}" if isinstance(error, MemoryError) else message
+        sys.exit(f"hf-mmclf {name}: error: {printable(' '.join(message.split()))}")
 
 
 def _parse(name: str, argv: Sequence[str]) -> tuple:
@@ -82,11 +88,9 @@ def _evaluate(argv: Sequence[str]) -> None:
     options, data, own = _parse("evaluate", argv)
     from . import Predictor
     from .evaluation.report import report_text
-    from .inference.predictions import check_suffix, write_json
+    from .inference.predictions import check_output, write_json
 
-    check_suffix(own.output, (".json",))
-    if Path(own.output).resolve() == Path(own.folder, "metrics.json").resolve():
-        raise FileExistsError(f"{own.output} holds the figures of the training run; give another --output")
+    check_output(own.output, (".json",), own.overwrite, _tables(data), [own.folder])
     predictor = Predictor.load(own.folder)
     name, rows, folder = _rows(predictor, data, options.split)
     figures = {name: predictor.evaluate(rows, folder, options.batch_size, not own.no_ablations)}
@@ -101,10 +105,10 @@ def _compare(argv: Sequence[str]) -> None:
     options, data, own = _parse("compare", argv)
     from . import Predictor, compare
     from .inference.comparison import comparison_text
-    from .inference.predictions import check_suffix, write_json
+    from .inference.predictions import check_output, write_json
 
     if own.output:
-        check_suffix(own.output, (".json",))
+        check_output(own.output, (".json",), own.overwrite, _tables(data), [own.a, own.b])
     comparison = compare(Predictor.load(own.a), Predictor.load(own.b), data, options.split, options.batch_size)
     _warn_of_bad_images(comparison["bad_images"], data)
     if _is_main_process():
@@ -124,7 +128,8 @@ def _predict(argv: Sequence[str]) -> None:
     if bool(given) == bool(data.data):
         raise ValueError("expected either --data (a table) or --images and --texts")
     if own.output:
-        predictions.check_suffix(own.output, predictions.PREDICTION_SUFFIXES)
+        inputs = [*_tables(data), *(own.images or ())]
+        predictions.check_output(own.output, predictions.PREDICTION_SUFFIXES, own.overwrite, inputs, [own.folder])
     source = predictions.rows_of(own.images, own.texts, data.image_dir or ".") if given else None
     predictor = Predictor.load(own.folder)
     name, rows, folder = _rows(predictor, data, options.split, source, labelled=False)
@@ -174,6 +179,10 @@ def _cache(argv: Sequence[str]) -> None:
     from .training.feature_cache import caches_table
 
     print(caches_table(own.feature_cache_dir, own.clear))
+
+
+def _tables(data: Any) -> list[str | None]:
+    return [data.data, data.validation_data, data.test_data, data.label_names_file]
 
 
 def _rows(predictor: Any, data: Any, split: str | None, source: Any = None, labelled: bool = True) -> tuple:

@@ -45,7 +45,7 @@ def test_load_says_what_is_wrong_with_a_folder(tmp_path, folders):
     with pytest.raises(FileNotFoundError, match="its training has not finished"):
         Predictor.load(tmp_path)
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a bert model; expected a folder that"):
+    with pytest.raises(ValueError, match="a bert model; expected one that"):
         Predictor.load(tmp_path)
 
 

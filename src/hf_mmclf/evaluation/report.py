@@ -116,7 +116,14 @@ def absent_labels(references: np.ndarray, names: Sequence[str]) -> list[str]:
 
 def _enumerate(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMED_LABELS:,} more" if len(names) > NAMED_LABELS else ""
-    return f"{', '.join(names[:NAMED_LABELS])}{more}"
+    return f"{', '.join(map(printable, names[:NAMED_LABELS]))}{more}"
+
+
+def printable(text: str) -> str:
+    """Escape control characters, such as those that a label of a stranger's folder sends to the terminal."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text
+    )
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
@@ -140,7 +147,7 @@ def format_table(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> s
             return missing
         if isinstance(value, Integral):
             return f"{value:{separator}}"
-        return f"{value:.{digits}f}" if isinstance(value, Real) else str(value)
+        return f"{value:.{digits}f}" if isinstance(value, Real) else printable(str(value))
 
     columns = list(rows[0]) if rows else []
     numeric = [all(isinstance(row[name], Real | None) for row in rows) for name in columns]

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..data.prepare import presence
+from ..evaluation.report import printable
 from ..model.configuration_mmclf import MMClfConfig
 
 PREDICTION_SUFFIXES = (".csv", ".jsonl")
@@ -45,6 +46,39 @@ def check_suffix(path: str | Path, suffixes: Sequence[str]) -> None:
     """Raise `ValueError` if a file name ends in none of `suffixes`."""
     if Path(path).suffix not in suffixes:
         raise ValueError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
+
+
+def check_output(
+    path: str | Path,
+    suffixes: Sequence[str],
+    overwrite: bool = False,
+    inputs: Iterable[str | Path | None] = (),
+    folders: Iterable[str | Path] = (),
+) -> None:
+    """
+    Check the name of a file to write, before any work is done.
+
+    Args:
+        path (`str` or `Path`): The file.
+        suffixes (`Sequence[str]`): What its name may end in.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether it may replace another file.
+        inputs (`Iterable[str]`, *optional*): Files that are read, which it must not replace. `None` is left out.
+        folders (`Iterable[str]`, *optional*): Folders of models, of which it must not replace any file.
+
+    Raises:
+        `ValueError`: if the name ends in something else.
+        `FileExistsError`: if the file exists and must not be replaced.
+    """
+    check_suffix(path, suffixes)
+    file = Path(path).resolve()
+    if not file.exists():
+        return
+    if file in [Path(given).resolve() for given in inputs if given is not None]:
+        raise FileExistsError(f"{path} is the input; give another --output")
+    if any(file.is_relative_to(Path(folder).resolve()) for folder in folders):
+        raise FileExistsError(f"{path} is a file of the model; give another --output")
+    if not overwrite:
+        raise FileExistsError(f"{path} exists already; give another --output, or --overwrite to replace it")
 
 
 @contextmanager
@@ -106,7 +140,9 @@ def prediction_lines(rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> 
         rows, scores, config: As for [`write_predictions`].
     """
     return [
-        f"{name}: " + (", ".join(f"{label} {score:.2f}" for label, score, hit in ranked if hit) or "no label")
+        printable(
+            f"{name}: " + (", ".join(f"{label} {score:.2f}" for label, score, hit in ranked if hit) or "no label")
+        )
         for name, ranked in _ranked(rows, scores, config)
     ]
 

@@ -24,9 +24,8 @@ from ..data.prepare import DataArguments, PreparedData, prepare_data, presence, 
 from ..data.splits import row_digests
 from ..evaluation.ablation import REMOVED, ablation_figures, shuffled_texts
 from ..evaluation.report import report, scores_of
-from ..model.configuration_mmclf import MMClfConfig
 from ..model.modeling_mmclf import MMClfForImageTextClassification
-from ..model.pipeline_mmclf import TASK, ImageTextClassificationPipeline
+from ..model.pipeline_mmclf import TASK, ImageTextClassificationPipeline, load_model
 from ..model.processing_mmclf import MMClfProcessor
 from .quiet import no_progress_bars
 
@@ -141,18 +140,15 @@ class Predictor:
 
         Raises:
             `FileNotFoundError`: if there is no model in the folder, or training has not finished.
-            `ValueError`: if the folder holds another kind of model.
+            `ValueError`: if the folder holds another kind of model, if tensors are missing or surplus, or if a file is
+                damaged.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             unfinished = "; its training has not finished" if (folder / "checkpoints").is_dir() else ""
             raise FileNotFoundError(f"{folder}: no model here (no config.json){unfinished}")
-        kind = MMClfConfig.get_config_dict(folder)[0].get("model_type")
-        if kind != MMClfConfig.model_type:
-            raise ValueError(f"{folder}: a {kind} model; expected a folder that `hf-mmclf train` wrote")
         with no_progress_bars():
-            model = MMClfForImageTextClassification.from_pretrained(folder)
-        return cls(folder, model, MMClfProcessor.from_pretrained(folder, trust_remote_code=False))
+            return cls(folder, *load_model(folder))
 
     @property
     def labels(self) -> LabelSet:
@@ -266,7 +262,7 @@ class Predictor:
         preprocessing = Preprocessing(self.processor, folder)
         dataset = preprocessing.dataset(rows, *(replaced or ()))
         if self.trainer is not None:
-            return self.trainer.predict(dataset)
+            return _checked(self.trainer.predict(dataset), rows)
         options = {**machine_defaults(), "bf16": False, "remove_unused_columns": False}
         options["use_cpu"] = not torch.accelerator.is_available()  # else Trainer overlooks several processes on CPUs
         if workers is None and len(rows) <= batch_size:
@@ -276,7 +272,8 @@ class Predictor:
             options |= {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
         with tempfile.TemporaryDirectory() as scratch:  # Trainer needs a folder, though prediction writes nothing
             args = TrainingArguments(scratch, per_device_eval_batch_size=batch_size, **options)
-            return Trainer(self.model, args, data_collator=preprocessing.collator).predict(dataset)
+            trainer = Trainer(self.model, args, data_collator=preprocessing.collator)
+            return _checked(trainer.predict(dataset), rows)
 
     def scores(self, rows: Dataset, folder: Path, batch_size: int = 64, workers: int | None = None) -> np.ndarray:
         """
@@ -354,6 +351,17 @@ class Predictor:
         references_of(rows)  # raises its error before the rows are scored
         scores = self.scores(rows, folder, batch_size)
         return self.report(rows, scores, folder if ablations else None, batch_size)
+
+
+def _checked(output: PredictionOutput, rows: Dataset) -> PredictionOutput:
+    """Return the output; raise `ValueError` with the first row whose logits are NaN."""
+    wrong = np.flatnonzero(np.isnan(output.predictions).any(axis=1))
+    if len(wrong):
+        raise ValueError(
+            f"{rows['where'][int(wrong[0])]}: the logits are NaN, as for {len(wrong):,} of {len(rows):,} rows; the "
+            "weights are damaged, or the training diverged"
+        )
+    return output
 
 
 FinishedModel = Predictor  # the name in version 0.1

@@ -89,18 +89,7 @@ def read_image(
     """
     try:
         with Image.open(file) as opened:
-            size = opened.size
-            if max_pixels is not None and math.prod(size) > max_pixels:
-                raise ValueError(
-                    f"{size[0]} x {size[1]} pixels are more than the limit of {max_pixels / 1e6:g} megapixels"
-                )
-            if short_edge is not None:
-                opened.draft(None, (short_edge, short_edge))
-            plain = opened.format == "JPEG" and opened.mode == "RGB" and opened.size == size
-            if decode_jpeg and plain and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-                with suppress(RuntimeError):  # Pillow says in one line what is wrong
-                    return decode_jpeg(file.getvalue() if isinstance(file, BytesIO) else file)  # the same pixels
-            return pil_to_tensor(to_rgb(opened))
+            return _decode(opened, file, short_edge, max_pixels)
     except UnidentifiedImageError:  # its message may hold no more than an address in memory
         size = file.getbuffer().nbytes if isinstance(file, BytesIO) else os.path.getsize(file)
         raise ValueError("not an image of a known format" if size else "the file is empty") from None
@@ -110,6 +99,19 @@ def read_image(
         if isinstance(error, RuntimeError) and "alloc" in str(error):  # torch has no class for it
             raise MemoryError(str(error)) from error
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _decode(opened: Image.Image, file: Any, short_edge: int | None, max_pixels: float | None) -> torch.Tensor:
+    size = opened.size
+    if max_pixels is not None and math.prod(size) > max_pixels:
+        raise ValueError(f"{size[0]} x {size[1]} pixels are more than the limit of {max_pixels / 1e6:g} megapixels")
+    if short_edge is not None:
+        opened.draft(None, (short_edge, short_edge))
+    plain = opened.format == "JPEG" and opened.mode == "RGB" and opened.size == size
+    if decode_jpeg and plain and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        with suppress(RuntimeError):  # Pillow says in one line what is wrong
+            return decode_jpeg(file.getvalue() if isinstance(file, BytesIO) else file)  # the same pixels
+    return pil_to_tensor(to_rgb(opened))
 
 
 class _PublicRedirects(HTTPRedirectHandler):

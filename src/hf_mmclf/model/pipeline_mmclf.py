@@ -13,12 +13,15 @@ import numpy as np
 import torch
 import transformers
 from torch.utils.data import Dataset
+from transformers import AutoModel, AutoProcessor
 
+from .configuration_mmclf import MMClfConfig
 from .processing_mmclf import is_missing_image, is_missing_text
 
 __all__ = ["TASK", "ImageTextClassificationPipeline", "pipeline", "scores_of"]
 
 TASK = "image-text-classification"
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 
 
 def scores_of(logits: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -271,6 +274,8 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         """
         config = self.model.config
         scores = scores_of(model_outputs["logits"][0])
+        if np.isnan(scores).any():
+            raise ValueError("the scores are NaN; the weights are damaged, or the training diverged")
         present = [bool(model_outputs.get(part, [True])[0]) for part in ("image", "text")]
         if return_all_scores or (thresholds is None and top_k is not None):
             hits = np.full(len(scores), True)
@@ -300,17 +305,59 @@ def _name(image: Any) -> str:
     return str(image) if isinstance(image, str | os.PathLike) else f"({type(image).__name__})"
 
 
-def pipeline(model: Any, **options: Any) -> ImageTextClassificationPipeline:
+def load_model(source: str | os.PathLike, trust_remote_code: bool = False, **options: Any) -> tuple[Any, Any]:
+    """
+    Load a model and its processor. No code of the source runs, and nobody is asked, unless `trust_remote_code` is set.
+
+    Args:
+        source (`str` or `os.PathLike`): A folder, or a name on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the source may run.
+        options: The other arguments of `from_pretrained`.
+
+    Returns:
+        `tuple`: The model, in evaluation mode, and its processor.
+
+    Raises:
+        `ValueError`: if the source holds another kind of model, tensors are missing or surplus, or a file is damaged.
+        `OSError`: if a file is not there.
+    """
+    source, hub = os.fspath(source), {name: options[name] for name in HUB_OPTIONS if name in options}
+    try:
+        kind = MMClfConfig.get_config_dict(source, **hub)[0].get("model_type")
+        if kind != MMClfConfig.model_type:
+            raise ValueError(f"a {kind} model; expected one that `hf-mmclf train` wrote")
+        options = {"trust_remote_code": trust_remote_code, **options}
+        model, info = AutoModel.from_pretrained(source, output_loading_info=True, **options)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # each format has errors of its own
+        raise ValueError(f"{source}: cannot be loaded: {' '.join(str(error).split())}") from error
+    for kind, names in (("missing", info["missing_keys"]), ("not of this model", info["unexpected_keys"])):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise ValueError(f"{source}: {len(names)} tensors of the weights are {kind}: {shown}")
+    return model, processor
+
+
+def pipeline(model: Any, trust_remote_code: bool = False, **options: Any) -> ImageTextClassificationPipeline:
     r"""
     Create the pipeline of a model.
-
-    Unlike `transformers.pipeline`, this needs no `trust_remote_code` for a folder that names its own pipeline class,
-    since it runs no code of the folder.
 
     Args:
         model (`str`, `Path` or [`MMClfForImageTextClassification`]):
             A folder, a name on the Hub, or a model (then with `processor=`).
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code of the folder may run. This package has the code of its own models.
         options:
             The other arguments of `transformers.pipeline`, and those of [`ImageTextClassificationPipeline`]'s call.
+
+    Raises:
+        `ValueError`, `OSError`: As for [`load_model`].
     """
+    if isinstance(model, str | os.PathLike):
+        given = {name: options.pop(name) for name in (*HUB_OPTIONS, "dtype", "device_map") if name in options}
+        given |= options.pop("model_kwargs", None) or {}
+        model, processor = load_model(model, trust_remote_code, **given)
+        options.setdefault("processor", processor)
     return transformers.pipeline(TASK, model=model, pipeline_class=ImageTextClassificationPipeline, **options)
