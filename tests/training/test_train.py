@@ -29,6 +29,7 @@ from hf_mmclf.presets import config_from_preset
 from hf_mmclf.training import inputs as training_inputs
 from hf_mmclf.training import record as records
 from hf_mmclf.training import train as training
+from hf_mmclf.training.checkpoints import claim_output
 from hf_mmclf.training.trainer import MMClfTrainer
 
 
@@ -243,7 +244,9 @@ def test_a_used_output_folder_is_refused_and_a_default_one_is_new(table, tmp_pat
     monkeypatch.chdir(tmp_path)
     Path("outputs/demo").mkdir(parents=True)
     arguments = parse_arguments([])
-    assert training._claim_output(arguments[0], arguments[3])[0] == Path("outputs/demo-2")
+    with claim_output("demo", arguments[3]) as start:
+        assert start.output == Path("outputs/demo-2")
+    assert not start.output.exists()
 
 
 def test_nothing_is_written_before_all_checks_passed(table, tmp_path):
@@ -254,7 +257,8 @@ def test_nothing_is_written_before_all_checks_passed(table, tmp_path):
     assert not output.exists()
     (output / "checkpoints" / "runs").mkdir(parents=True)  # a start that failed later leaves logs at most
     arguments = parse_arguments(["--output_dir", str(output)])
-    assert training._claim_output(arguments[0], arguments[3]) == (output, None)
+    with claim_output("demo", arguments[3]) as start:
+        assert start == (output, None, False, False)
 
 
 def test_a_trained_tokenizer_does_not_fit_pretrained_text_weights(table, tmp_path):
@@ -263,7 +267,7 @@ def test_a_trained_tokenizer_does_not_fit_pretrained_text_weights(table, tmp_pat
 
 
 def test_nothing_to_resume_is_an_error(table, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
         run(table, tmp_path / "new", "--resume_from_checkpoint", "true")
 
 
@@ -392,7 +396,7 @@ def test_resuming_with_other_texts_for_a_trained_tokenizer_is_refused(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         run(table, output, *flags, "--max_steps", "3")
     table.write_text(table.read_text().replace("small", "tall"))
-    with pytest.raises(ValueError, match="another tokenizer.*resume with the table of that run"):
+    with pytest.raises(ValueError, match="train rows was 48, digest .* and is 48, digest .*; vocabulary was"):
         run(table, output, *flags, "--max_steps", "3", "--resume_from_checkpoint", "true")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import shutil
 import tempfile
@@ -10,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import is_torch_bf16_gpu_available, logging
@@ -80,6 +83,30 @@ def follow_umask(folder: str | Path) -> None:
         if file.is_file():
             with suppress(PermissionError):  # of a file system without permissions
                 file.chmod(Path(folder).stat().st_mode & 0o666)
+
+
+def check_file(file: Path) -> None:
+    """
+    Open a file of weights or settings, so that one that a full disk or a killed process left is found.
+
+    Args:
+        file (`Path`): A .safetensors file, a file of `torch.save`, or a .json file. Others are not opened.
+
+    Raises:
+        `ValueError`: If the file is damaged. The message begins with its name.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt"):  # the header, and the length that it announces
+                pass
+        elif file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix in (".bin", ".pt", ".pth"):
+            with ZipFile(file) as archive:
+                if member := archive.testzip():
+                    raise ValueError(f"bad checksum of {member}")
+    except (OSError, ValueError, BadZipFile, SafetensorError) as error:
+        raise ValueError(f"{file.name}: damaged, {error}") from error
 
 
 def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor, folder: str | Path) -> None:
