@@ -93,7 +93,7 @@ def check_file(file: Path) -> None:
         file (`Path`): A .safetensors file, a file of `torch.save`, or a .json file. Others are not opened.
 
     Raises:
-        `ValueError`: If the file is damaged. The message begins with its name.
+        `ValueError`: If the file is damaged or missing. The message begins with its name.
     """
     try:
         if file.suffix == ".safetensors":
@@ -106,7 +106,7 @@ def check_file(file: Path) -> None:
                 if member := archive.testzip():
                     raise ValueError(f"bad checksum of {member}")
     except (OSError, ValueError, BadZipFile, SafetensorError) as error:
-        raise ValueError(f"{file.name}: damaged, {error}") from error
+        raise ValueError(f"{file.name} cannot be read: {error}") from error
 
 
 def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor, folder: str | Path) -> None:
@@ -137,6 +137,8 @@ class Predictor:
         processor ([`MMClfProcessor`]): The image processor and the tokenizer, as far as the model needs them.
         trainer (`Trainer`, *optional*):
             Computes the logits. By default each call makes a trainer that suits the machine.
+        bad_images (`str`, *optional*, defaults to `"error"`):
+            What happens to an image that becomes unreadable after its row was prepared; see [`RowTransform`].
 
     Example:
 
@@ -160,6 +162,7 @@ class Predictor:
     model: MMClfForImageTextClassification
     processor: MMClfProcessor
     trainer: Trainer | None = None
+    bad_images: str = "error"
 
     @classmethod
     def load(cls, folder: str | Path) -> "Predictor":
@@ -168,7 +171,7 @@ class Predictor:
 
         Raises:
             `FileNotFoundError`: if there is no model in the folder, or training has not finished.
-            `ValueError`: if the folder holds another kind of model.
+            `ValueError`: if the folder holds another kind of model, or if a file is damaged or missing.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
@@ -177,6 +180,14 @@ class Predictor:
         kind = MMClfConfig.get_config_dict(folder)[0].get("model_type")
         if kind != MMClfConfig.model_type:
             raise ValueError(f"{folder}: a {kind} model; expected a folder that `hf-mmclf train` wrote")
+        config = MMClfConfig.from_pretrained(folder)
+        parts = ["preprocessor_config.json"] * config.has_image
+        parts += ["tokenizer.json", "tokenizer_config.json"] * config.has_text  # transformers makes up what is missing
+        try:
+            for file in [*map(folder.joinpath, parts), *folder.glob("*.safetensors")]:
+                check_file(file)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}; copy or download the folder again, or train again") from error
         with no_progress_bars():
             model = MMClfForImageTextClassification.from_pretrained(folder)
         return cls(folder, model, MMClfProcessor.from_pretrained(folder, trust_remote_code=False))
@@ -290,7 +301,7 @@ class Predictor:
         Returns:
             `PredictionOutput`: `predictions` are the logits `(rows, labels)`, float32, in the order of the rows.
         """
-        preprocessing = Preprocessing(self.processor, folder)
+        preprocessing = Preprocessing(self.processor, folder, self.bad_images)
         dataset = preprocessing.dataset(rows, *(replaced or ()))
         if self.trainer is not None:
             return self.trainer.predict(dataset)

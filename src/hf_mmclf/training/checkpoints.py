@@ -242,7 +242,9 @@ def _check_best(checkpoint: Path) -> None:
         try:
             check_file(file)
         except ValueError as error:
-            raise ValueError(f"{best}, the best checkpoint so far: {error}. Delete it to resume without it") from error
+            raise ValueError(
+                f"{error}; it belongs to {best}, the best checkpoint so far. Delete that folder to resume without it"
+            ) from error
 
 
 # What is resumed

@@ -13,7 +13,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,8 +208,9 @@ class FeatureCache:
         """
         shards = {name: self._shards(*given) for name, given in wanted.items()}
         flat = [shard for group in shards.values() for shard in group]
+        absent = {shard.file for shard in flat if not _is_whole(shard)}
         total = sum(shard.size for shard in flat)
-        missing = sum(shard.size for shard in flat if not shard.file.exists())
+        missing = sum(shard.size for shard in flat if shard.file in absent)
         views = ", ".join(f"{name} {len(rows):,} rows x {count}" for name, (rows, _, count) in wanted.items())
         reused = f", of which {convert_bytes(total - missing)} are reused" if missing < total else ""
         logger.info(f"feature cache: {views}; about {convert_bytes(total)} in {self.folder}{reused}")
@@ -220,10 +222,12 @@ class FeatureCache:
                 f"{convert_bytes(free)} left; give fewer --cached_views or another --feature_cache_dir, free space by "
                 "`hf-mmclf cache --clear`, or leave --cache_features out"
             )
-        (self.folder / ABOUT).write_text(self.about, encoding="utf-8")
+        part = self.folder / f"{ABOUT}.{self.args.process_index}"
+        part.write_text(self.about, encoding="utf-8")
+        part.replace(self.folder / ABOUT)
         self.args.distributed_state.wait_for_everyone()  # no process writes before all have looked for shards
         for name, (rows, transform, _) in wanted.items():
-            self._write_share(name, shards[name], rows, transform)
+            self._write_share(name, shards[name], absent, rows, transform)
         self.args.distributed_state.wait_for_everyone()
         return {name: self._read(shards[name], *given) for name, given in wanted.items()}
 
@@ -250,10 +254,12 @@ class FeatureCache:
             numbers += self.shapes["text"][1] * sum(lengths) / len(texts)
         return 2 * numbers
 
-    def _write_share(self, name: str, shards: Sequence[Shard], rows: Dataset, transform: RowTransform) -> None:
-        """Write the missing ones of the shards that this process computes."""
+    def _write_share(
+        self, name: str, shards: Sequence[Shard], absent: Collection[Path], rows: Dataset, transform: RowTransform
+    ) -> None:
+        """Write those of the shards that this process computes whose file is absent."""
         local, count = self.args.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        missing = [shard for shard in shards[local::count] if not shard.file.exists()]
+        missing = [shard for shard in shards[local::count] if shard.file in absent]
         hidden = self.args.disable_tqdm or local > 0
         for shard in tqdm(missing, f"Computing features, {name}", unit="shard", disable=hidden):
             self._write(shard.file, rows.select(shard.rows).with_transform(transform))
@@ -270,10 +276,15 @@ class FeatureCache:
         with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             torch.manual_seed(int(path.stem[:12], 16))
             part = Path(scratch) / path.name
-            with pa.ipc.new_stream(str(part), schema) as writer:
-                for batch in loader:
-                    writer.write_batch(pa.RecordBatch.from_pydict(self._columns(batch), schema))
-            part.replace(path)
+            try:
+                with pa.ipc.new_stream(str(part), schema) as writer:
+                    for batch in loader:
+                        writer.write_batch(pa.RecordBatch.from_pydict(self._columns(batch), schema))
+                part.replace(path)
+            except OSError as error:
+                raise OSError(
+                    f"features cannot be written to {path}: {error}; free space, or give another --feature_cache_dir"
+                ) from error
 
     def _columns(self, batch: Mapping[str, torch.Tensor]) -> dict[str, pa.ListArray]:
         """Return the features of a batch as one flat list a row, without padding, and empty without the modality."""
@@ -311,6 +322,21 @@ class FeatureCache:
             if not np.isfinite(features).all():
                 raise ValueError(f"features of the {name} backbone exceed half precision; leave --cache_features out")
         return found
+
+
+def _is_whole(shard: Shard) -> bool:
+    """Return whether the features of all rows are there. A damaged file is named, and replaced later."""
+    if not shard.file.exists():
+        return False
+    try:
+        rows = len(Dataset.from_file(str(shard.file)))
+        if rows == len(shard.rows):
+            return True
+        found = f"{rows} of {len(shard.rows)} rows"
+    except (OSError, ValueError) as error:
+        found = str(error)
+    logger.warning(f"{shard.file} is damaged ({found}); its features are computed again")
+    return False
 
 
 def _check_frozen(config: MMClfConfig) -> None:
@@ -368,9 +394,25 @@ def folder_size(folder: Path) -> int:
 
 
 def cache_entries(folder: Path | None = None) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the caches in a folder and what `about.json` says of each, the most recently used one last."""
-    found = sorted((folder or default_folder()).glob(f"*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
-    return [(file.parent, json.loads(file.read_text(encoding="utf-8"))) for file in found]
+    """
+    Return the caches in a folder and what `about.json` says of each, the most recently used one last.
+
+    A cache whose `about.json` is missing or damaged has an empty dictionary.
+    """
+    folder = folder or default_folder()
+    found = {file.parent for pattern in (ABOUT, "*.arrow") for file in folder.glob(f"*/{pattern}")}
+    return [(cache, _read_about(cache / ABOUT)) for cache in sorted(found, key=_last_used)]
+
+
+def _read_about(file: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    return {}
+
+
+def _last_used(cache: Path) -> float:
+    file = cache / ABOUT
+    return (file if file.exists() else cache).stat().st_mtime
 
 
 def caches_table(folder: Path | None = None, clear: bool = False) -> str:
@@ -383,9 +425,10 @@ def caches_table(folder: Path | None = None, clear: bool = False) -> str:
     """
     folder, rows, total = folder or default_folder(), [], 0
     for cache, about in cache_entries(folder):
-        size, used = folder_size(cache), time.localtime((cache / ABOUT).stat().st_mtime)
+        size, used = folder_size(cache), time.localtime(_last_used(cache))
         total += size
-        row = {"cache": cache.name, **{f"{part} backbone": about[f"{part}_backbone"] for part in ("image", "text")}}
+        backbones = {part: about.get(f"{part}_backbone", f"damaged {ABOUT}") for part in ("image", "text")}
+        row = {"cache": cache.name, **{f"{part} backbone": name for part, name in backbones.items()}}
         rows.append(row | {"size": convert_bytes(size), "last used": time.strftime("%Y-%m-%d %H:%M", used)})
         if clear:
             shutil.rmtree(cache)

@@ -89,7 +89,8 @@ def _run(arguments: Arguments, start: Start) -> None:
     inputs = prepare_inputs(model_args, data_args, args)
     begin_run(args, start, fingerprint(arguments, inputs))
     trainer = _fit(inputs, augmentation, args, start.checkpoint)
-    predictor = Predictor(start.output, inputs.model, inputs.preprocessing.processor, trainer)
+    preprocessing = inputs.preprocessing
+    predictor = Predictor(start.output, inputs.model, preprocessing.processor, trainer, preprocessing.bad_images)
     outcomes, speed, temperature = _score(predictor, inputs.prepared, args)
     _fit_thresholds(predictor, inputs.prepared, outcomes, args)
     results = Results(_report(predictor, inputs.prepared, outcomes, args.ablations), outcomes, speed, temperature)
@@ -244,6 +245,11 @@ def _score(
             continue
         output, references = predictor.predict(rows, prepared.folder), references_of(rows)
         logits = output.predictions
+        lost = (output.label_ids == -1).all(1) & (references != -1).any(1)
+        if lost.any():  # images became unreadable, and --bad_images leaves their rows out
+            logger.warning(f"{lost.sum()} of {len(rows)} {name} rows are left out of the report")
+            prepared.splits[name] = rows.select(np.flatnonzero(~lost))
+            logits, references = logits[~lost], references[~lost]
         if name == "validation" and args.calibrate:
             temperature = fit_temperature(logits, references)
             predictor.model.calibrate(temperature)
