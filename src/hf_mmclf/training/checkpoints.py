@@ -32,6 +32,15 @@ SETTINGS = (
     *("bf16", "fp16", "dataloader_drop_last", "loss", "positive_weight_power", "positive_weight_cap"),
     *("label_smoothing_factor", "metric_for_best_model", "greater_is_better", "cache_features", "cached_views"),
 )
+# Files of a checkpoint: a pattern, because FSDP has names of its own, and how many of them there must be.
+PARTS = {
+    STATE: (STATE, 1),
+    "config.json": ("config.json", 0),
+    "model.safetensors": ("*model[._-]*", 1),  # not modeling_mmclf.py
+    "optimizer.pt": ("optimizer*", 1),
+    "scheduler.pt": ("scheduler.pt", 1),
+    "scaler.pt": ("scaler.pt", 0),
+}
 LENGTH = ("num_train_epochs", "max_steps")  # may change too, which changes the learning rates
 
 
@@ -92,7 +101,9 @@ def _claim(stack: ExitStack, preset: str, args: MMClfTrainingArguments) -> Start
     if args.output_dir == "trainer_output":  # transformers' default: nobody chose a folder
         if given:
             raise ValueError("--resume_from_checkpoint needs the --output_dir of the run to resume")
-        output = _new_folder(stack, preset)
+        if not Path("outputs").exists():
+            stack.callback(_remove_if_empty, Path("outputs"))
+        output = _new_folder(preset)
     else:
         output = Path(args.output_dir)
     checkpoints = output / CHECKPOINTS
@@ -117,21 +128,13 @@ def _claim(stack: ExitStack, preset: str, args: MMClfTrainingArguments) -> Start
     return Start(output)
 
 
-def _new_folder(stack: ExitStack, preset: str) -> Path:
+def _new_folder(preset: str) -> Path:
     """Make the first of outputs/PRESET, outputs/PRESET-2, ... that does not exist. No other run gets the same one."""
     for number in itertools.count(1):
         folder = Path("outputs") / (preset if number == 1 else f"{preset}-{number}")
         with suppress(FileExistsError):
-            _make(stack, folder)
+            folder.mkdir(parents=True)
             return folder
-
-
-def _make(stack: ExitStack, folder: Path, exist_ok: bool = False) -> None:
-    """Make a folder. Leaving the stack removes what was made, if it is empty."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=exist_ok)
-    for path in reversed(made):
-        stack.callback(_remove_if_empty, path)
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -141,8 +144,10 @@ def _remove_if_empty(folder: Path) -> None:
 
 def _lock(stack: ExitStack, checkpoints: Path) -> None:
     """Lock a folder of checkpoints until the stack is left. The lock of a dead process of this machine is taken."""
-    _make(stack, checkpoints, exist_ok=True)
-    stack.callback(_remove_if_empty, checkpoints)
+    for folder in reversed((checkpoints, *checkpoints.parents)):
+        if folder in (checkpoints, checkpoints.parent) or not folder.exists():
+            stack.callback(_remove_if_empty, folder)
+    checkpoints.mkdir(parents=True, exist_ok=True)
     file = checkpoints / LOCK
     owner = _owner(file)
     try:
@@ -190,12 +195,11 @@ def damage(checkpoint: Path) -> str | None:
     Returns:
         `str`, *optional*: The name of a file and the reason, or `None` if the checkpoint is whole.
     """
-    run = _read_run(checkpoint.parent) or {}
-    needed = {STATE: 1, "config.json": 0, "*model*": 1, "optimizer*": 1, "scheduler.pt": 1, "scaler.pt": 0}
-    for pattern, count in {**needed, "rng_state*.pth": run.get("world_size", 1)}.items():
+    processes = (_read_run(checkpoint.parent) or {}).get("world_size", 1)
+    for name, (pattern, count) in {**PARTS, "rng_state.pth": ("rng_state*.pth", processes)}.items():
         files = sorted(checkpoint.glob(pattern))
         if len(files) < count:
-            return f"{pattern}: {f'{len(files)} of {count} files' if count > 1 else 'no such file'}"
+            return f"{name}: {f'{len(files)} of {count} files' if count > 1 else 'no such file'}"
         for file in files:
             try:
                 check_file(file)
