@@ -383,6 +383,29 @@ def test_an_interrupted_run_is_resumed(table, tmp_path, monkeypatch):
     assert record["resumed"] and (output / "config.json").exists() and not (output / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("policy", ["error", "skip", "missing"])
+def test_images_that_vanish_during_training_follow_bad_images(policy, tmp_path, monkeypatch, capsys):
+    table, training_step = write_table(tmp_path / "table"), MMClfTrainer.training_step
+
+    def vanish(self, *args):
+        for dataset in (self.train_dataset, self.eval_dataset):
+            (table.parent / "pictures" / dataset.with_format(None)[0]["image"]).unlink(missing_ok=True)
+        return training_step(self, *args)
+
+    monkeypatch.setattr(MMClfTrainer, "training_step", vanish)
+    flags = ["--num_train_epochs", "2", "--no_ablations", "--bad_images", policy]
+    if policy == "error":
+        with pytest.raises(ValueError, match="cannot read the image .*--bad_images skip"):
+            run(table, tmp_path / "m", *flags)
+        return
+    reports = json.loads((run(table, tmp_path / "m", *flags) / "metrics.json").read_text())
+    said = capsys.readouterr().err
+    fate = "left out" if policy == "skip" else "taken as missing"
+    assert said.count(f"Image became unreadable and is {fate}: ") == 2
+    assert ("1 of 6 validation rows are left out of the report" in said) == (policy == "skip")
+    assert reports["validation"]["rows"] == (5 if policy == "skip" else 6)
+
+
 def test_resuming_with_other_texts_for_a_trained_tokenizer_is_refused(tmp_path, monkeypatch):
     table, output, training_step = write_table(tmp_path / "table"), tmp_path / "m", MMClfTrainer.training_step
     flags = ["--save_strategy", "steps", "--eval_strategy", "steps", "--save_steps", "1", "--eval_steps", "1"]
