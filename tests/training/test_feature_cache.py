@@ -19,7 +19,8 @@ from hf_mmclf.model.image_processing_mmclf import MMClfImageProcessor
 from hf_mmclf.model.processing_mmclf import MMClfProcessor
 from hf_mmclf.training import feature_cache
 from hf_mmclf.training.arguments import MMClfTrainingArguments
-from hf_mmclf.training.feature_cache import FeatureCache, cache_entries
+from hf_mmclf.training.cache_folders import ABOUT, cache_entries
+from hf_mmclf.training.feature_cache import FeatureCache
 
 TEXTS = ["a cat", "a small dog sits there", None, "two birds", "the cat and the dog", "a bird"]
 PROCESSOR = MMClfImageProcessor(size=64)
@@ -331,7 +332,7 @@ def test_the_command_lists_and_clears(make, rows, folder, capsys):
 def test_a_damaged_record_is_listed_and_cleared(damage, make, rows, folder, capsys):
     cache = make()
     compute(cache, rows, folder)
-    record = cache.folder / feature_cache.ABOUT
+    record = cache.folder / ABOUT
     if damage is None:
         record.unlink()
     else:

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from datasets import Dataset
 from filelock import SoftFileLock, Timeout
 from transformers.utils import logging
 
-from ..data.images import image_groups
+from ..data.splits import row_digests
 from ..inference.predictor import check_file
 from .arguments import Arguments, MMClfTrainingArguments
 from .inputs import TrainingInputs
@@ -269,7 +269,7 @@ def fingerprint(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]:
     processor, config = inputs.preprocessing.processor, inputs.model.config
     splits = {"train": inputs.train_rows, **inputs.prepared.splits}  # of a stream, its first rows
     values = {
-        **{f"{name} rows": f"{len(rows):,}, digest {_digest_of_rows(rows)}" for name, rows in splits.items()},
+        **{f"{name} rows": f"{len(rows):,}, digest {_digest_of_rows(rows, inputs)}" for name, rows in splits.items()},
         "splits": inputs.prepared.split_source,
         "stream": [data_args.data, data_args.shuffle_buffer] if inputs.stream else None,
         "labels": inputs.prepared.labels.ids,
@@ -332,13 +332,14 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
         return dict(json.loads((folder / RUN).read_text(encoding="utf-8")))
 
 
-def _digest_of_rows(rows: Dataset) -> str:
-    """Return a digest of image names or bytes, texts and labels, in their order."""
+def _digest_of_rows(rows: Dataset, inputs: TrainingInputs) -> str:
+    """Return a digest of images, texts and labels, in their order."""
     labels = rows["labels"][:] if "labels" in rows.column_names else [None] * len(rows)
-    return _digest(map(repr, zip(image_groups(rows), rows["text"][:], labels, strict=True)))
+    contents = row_digests(rows, inputs.prepared.folder, inputs.model.config.has_image)
+    return _digest(f"{content} {known}" for content, known in zip(contents, labels, strict=True))
 
 
-def _digest(parts: Iterator[str] | list[str]) -> str:
+def _digest(parts: Iterable[str]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         digest.update(part.encode())

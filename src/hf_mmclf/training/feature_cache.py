@@ -12,9 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +22,6 @@ import pyarrow as pa
 import torch
 from accelerate.utils import convert_bytes
 from datasets import Dataset, concatenate_datasets
-from huggingface_hub.constants import HF_HOME
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -33,14 +30,13 @@ from transformers.utils import logging
 
 from ..data.collator import Collator, EvaluationImageTransform, RowTransform
 from ..data.images import image_paths
-from ..evaluation.report import format_table
 from ..model.configuration_mmclf import MMClfConfig
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from .arguments import MMClfTrainingArguments
+from .cache_folders import ABOUT, default_folder
 
 logger = logging.get_logger(__name__)
 SHARD = 2_000  # rows
-ABOUT = "about.json"
 PACKAGES = ("hf_mmclf", "torch", "torchcodec", "torchvision", "timm", "transformers", "pillow")
 
 # Fields of the configuration that do not change the features: the parts after the backbones, labels and thresholds.
@@ -50,11 +46,6 @@ AFTER_BACKBONES = (
     *("threshold", "label_thresholds", "missing_thresholds", "label_ids", "id2label", "label2id"),
     *("image_weights", "text_weights", "transformers_version"),
 )
-
-
-def default_folder() -> Path:
-    """Return the default folder of the caches: `hf_mmclf/features` in `HF_HOME`."""
-    return Path(HF_HOME) / "hf_mmclf" / "features"
 
 
 @dataclasses.dataclass
@@ -386,52 +377,3 @@ def _digest_of_rows(rows: Dataset, folder: Path) -> str:
             found = (folder / place).stat()
             digest.update(f"{found.st_size} {found.st_mtime_ns}".encode())
     return digest.hexdigest()
-
-
-def folder_size(folder: Path) -> int:
-    """Return the number of bytes of all files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def cache_entries(folder: Path | None = None) -> list[tuple[Path, dict[str, Any]]]:
-    """
-    Return the caches in a folder and what `about.json` says of each, the most recently used one last.
-
-    A cache whose `about.json` is missing or damaged has an empty dictionary.
-    """
-    folder = folder or default_folder()
-    found = {file.parent for pattern in (ABOUT, "*.arrow") for file in folder.glob(f"*/{pattern}")}
-    return [(cache, _read_about(cache / ABOUT)) for cache in sorted(found, key=_last_used)]
-
-
-def _read_about(file: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError, TypeError):
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    return {}
-
-
-def _last_used(cache: Path) -> float:
-    file = cache / ABOUT
-    return (file if file.exists() else cache).stat().st_mtime
-
-
-def caches_table(folder: Path | None = None, clear: bool = False) -> str:
-    """
-    Describe the feature caches in a folder as a table, and remove them on request.
-
-    Args:
-        folder (`Path`, *optional*): The folder. Defaults to [`default_folder`].
-        clear (`bool`, *optional*, defaults to `False`): Whether to remove the caches.
-    """
-    folder, rows, total = folder or default_folder(), [], 0
-    for cache, about in cache_entries(folder):
-        size, used = folder_size(cache), time.localtime(_last_used(cache))
-        total += size
-        backbones = {part: about.get(f"{part}_backbone", f"damaged {ABOUT}") for part in ("image", "text")}
-        row = {"cache": cache.name, **{f"{part} backbone": name for part, name in backbones.items()}}
-        rows.append(row | {"size": convert_bytes(size), "last used": time.strftime("%Y-%m-%d %H:%M", used)})
-        if clear:
-            shutil.rmtree(cache)
-    if not rows:
-        return f"No feature cache in {folder}"
-    return f"{format_table(rows)}\n\n{convert_bytes(total)} {'removed from' if clear else 'in'} {folder}"
