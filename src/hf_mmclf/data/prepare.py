@@ -172,7 +172,8 @@ def prepare_data(
         if name in parsed:
             split = _with_labels(split, label_set, parsed[name])
         if uses_image:
-            check_paths(split, folder)
+            if not args.streaming or args.bad_images == "error":  # a file of a stream can vanish at any time
+                check_paths(split, folder)
             max_pixels = args.pixel_limit * 1e6
             if args.bad_images == "error":
                 check_sizes(split, folder, max_pixels)
