@@ -56,8 +56,9 @@ def train(
         `splits.csv`, and the model card (`README.md`) with its plots.
 
     Raises:
-        `FileExistsError`: If the output folder is in use already.
-        `ValueError`, `OSError`: If arguments, rows or weights do not fit. Nothing has been written then.
+        `FileExistsError`: If the output folder is not empty, or if another run uses it.
+        `ValueError`, `OSError`: If arguments, rows or weights do not fit, or if the run cannot be resumed. Nothing has
+            been written then.
 
     Example:
 
