@@ -176,7 +176,7 @@ def _presets(argv: Sequence[str]) -> None:
 def _cache(argv: Sequence[str]) -> None:
     """Print or remove the feature caches."""
     (own,) = _parse("cache", argv)
-    from .training.feature_cache import caches_table
+    from .training.cache_folders import caches_table
 
     print(caches_table(own.feature_cache_dir, own.clear))
 

@@ -59,6 +59,20 @@ def test_rows_are_decoded_when_they_are_read(rows, tmp_path, image_processor):
     assert data[0]["labels"] == [1.0, 0.0]  # the others can still be read
 
 
+@pytest.mark.parametrize(("policy", "labels"), [("missing", [1.0, 1.0]), ("skip", [-1.0, -1.0])])
+def test_an_image_that_became_unreadable_follows_the_policy(policy, labels, rows, tmp_path, image_processor, capsys):
+    transform = RowTransform(tmp_path, EvaluationImageTransform(image_processor), bad_images=policy)
+    data = rows.with_transform(transform)
+    bad = data[3]
+    assert bad["pixel_values"] is None and bad["text"] == "a cat" and list(bad["labels"]) == labels
+    fate = "taken as missing" if policy == "missing" else "left out"
+    assert f"Image became unreadable and is {fate}: rows.csv:5: " in capsys.readouterr().err
+    assert [list(row["labels"]) for row in data.select(range(3))] == [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+    (tmp_path / "b.png").unlink()
+    assert list(data[1]["labels"]) == [-1.0, -1.0]  # without a text, nothing is left of the row
+    assert Preprocessing(MMClfProcessor(image_processor), tmp_path, policy).bad_images == "skip"
+
+
 def test_without_an_image_transform_no_image_is_opened(rows, tmp_path):
     data = rows.with_transform(RowTransform(tmp_path / "nowhere"))
     assert [set(row) for row in data] == [{"text", "labels"}] * 4

@@ -168,19 +168,22 @@ def test_an_unknown_label_names_its_row(folder):
         collator_of(stream, prepared)([row])
 
 
+@pytest.mark.parametrize("content", [b"no image", None])
 @pytest.mark.parametrize(("policy", "rows"), [("error", None), ("skip", 1), ("missing", 2)])
-def test_bad_images(policy, rows, folder, tmp_path):
-    stream, prepared = open_stream(lines(folder, bad_images=policy), True, True, seed=0)
-    bad = tmp_path / "bad.png"  # a file, but no image
-    bad.write_bytes(b"no image")
+def test_bad_and_vanished_images(policy, rows, content, folder, tmp_path, capsys):
+    stream, prepared = open_stream(lines(folder, bad_images=policy, streaming=True), True, True, seed=0)
+    bad = tmp_path / "bad.png"
+    if content:
+        bad.write_bytes(content)
     good = take(stream, 1)[0]
     tokenizer, _ = load_tokenizer("train", stream.head["text"], 60)
     collate = collator_of(stream, prepared, tokenizer)
     if rows is None:
-        with pytest.raises(ValueError, match="bad.png"):
+        with pytest.raises((ValueError, FileNotFoundError), match="bad.png"):
             collate([{**good, "image": str(bad)}, good])
     else:
         assert collate([{**good, "image": str(bad)}, good])["image_mask"].tolist() == [False, True][-rows:]
+        assert f"Image {'left out' if policy == 'skip' else 'taken as missing'}: " in capsys.readouterr().err
 
 
 def test_a_streamed_run_leaves_a_complete_folder(folder, tmp_path):

@@ -70,6 +70,14 @@ def test_the_sigmoid_has_the_bits_of_the_model_s_scores():
     assert [scores_of(value).item() for value in values[:2000]] == expected[:2000].tolist()
 
 
+@pytest.mark.parametrize("content", [b"", b"garbage" * 99, None])
+def test_a_file_that_is_no_whole_model_is_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / "model.onnx").write_bytes(content)
+    with pytest.raises(ValueError, match="model.onnx cannot be loaded; export the model again: "):
+        OnnxClassifier(tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize("make", [bert, byte_pairs])
 def test_inputs_equal_those_of_the_processor_for_odd_texts(make, write_stub):
     tokenizer = make()

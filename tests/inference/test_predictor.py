@@ -49,6 +49,19 @@ def test_load_says_what_is_wrong_with_a_folder(tmp_path, folders):
         Predictor.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_damaged_or_missing_file_is_named(name, folders, tmp_path):
+    folder = shutil.copytree(folders["both"], tmp_path / "m")
+    os.truncate(folder / name, (folder / name).stat().st_size // 2)
+    with pytest.raises(ValueError, match=f"m: {name} cannot be read: .*train again"):
+        Predictor.load(folder)
+    (folder / name).unlink()
+    with pytest.raises((ValueError, OSError), match=name):
+        Predictor.load(folder)
+
+
 def test_a_folder_that_could_not_be_written_does_not_load(tmp_path):
     (tmp_path / "config.json").write_text("old")
     (tmp_path / "notes.txt").write_text("stays")

@@ -19,7 +19,8 @@ from hf_mmclf.model.image_processing_mmclf import MMClfImageProcessor
 from hf_mmclf.model.processing_mmclf import MMClfProcessor
 from hf_mmclf.training import feature_cache
 from hf_mmclf.training.arguments import MMClfTrainingArguments
-from hf_mmclf.training.feature_cache import FeatureCache, cache_entries
+from hf_mmclf.training.cache_folders import ABOUT, cache_entries
+from hf_mmclf.training.feature_cache import FeatureCache
 
 TEXTS = ["a cat", "a small dog sits there", None, "two birds", "the cat and the dog", "a bird"]
 PROCESSOR = MMClfImageProcessor(size=64)
@@ -204,6 +205,27 @@ def test_an_interrupted_run_leaves_complete_shards(make, rows, folder, monkeypat
     assert again.computed == 12 - 6
 
 
+@pytest.mark.parametrize("content", [b"", b"garbage" * 99, 0.5, -8])
+def test_a_damaged_shard_is_named_and_computed_again(content, make, rows, folder, monkeypatch, capsys):
+    monkeypatch.setattr(feature_cache, "SHARD", 3)
+    cache = make()
+    expected = compute(cache, rows, folder).features.with_format("numpy")["image"][:]
+    shard = sorted(cache.folder.glob("*.arrow"))[0]
+    whole = shard.read_bytes()
+    if isinstance(content, bytes):
+        shard.write_bytes(content)
+    else:
+        shard.write_bytes(whole[: int(content * len(whole))] if content == 0.5 else whole[:content])
+    again = make()
+    found = compute(again, rows, folder).features.with_format("numpy")["image"][:]
+    assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+    if content == -8:  # only the mark of the end is lost
+        assert again.computed == 0
+    else:
+        assert again.computed == 3 and shard.read_bytes() == whole
+        assert f"{shard} is damaged" in capsys.readouterr().err
+
+
 def test_a_disk_that_is_too_small_is_refused(make, rows, folder, monkeypatch):
     cache = make()
     full = shutil.disk_usage(folder)._replace(free=10)
@@ -304,3 +326,19 @@ def test_the_command_lists_and_clears(make, rows, folder, capsys):
     assert [path.name for path in (folder / "cache").iterdir()] == ["other"]
     main(["cache", "--feature_cache_dir", str(folder / "cache")])
     assert "No feature cache in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", b"\xff", None])
+def test_a_damaged_record_is_listed_and_cleared(damage, make, rows, folder, capsys):
+    cache = make()
+    compute(cache, rows, folder)
+    record = cache.folder / ABOUT
+    if damage is None:
+        record.unlink()
+    else:
+        record.write_bytes(damage.encode() if isinstance(damage, str) else damage)
+    main(["cache", "--feature_cache_dir", str(folder / "cache")])
+    listed = capsys.readouterr().out
+    assert cache.key in listed and "damaged about.json" in listed
+    main(["cache", "--clear", "--feature_cache_dir", str(folder / "cache")])
+    assert not list((folder / "cache").iterdir())

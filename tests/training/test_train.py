@@ -29,6 +29,7 @@ from hf_mmclf.presets import config_from_preset
 from hf_mmclf.training import inputs as training_inputs
 from hf_mmclf.training import record as records
 from hf_mmclf.training import train as training
+from hf_mmclf.training.checkpoints import claim_output
 from hf_mmclf.training.trainer import MMClfTrainer
 
 
@@ -243,7 +244,9 @@ def test_a_used_output_folder_is_refused_and_a_default_one_is_new(table, tmp_pat
     monkeypatch.chdir(tmp_path)
     Path("outputs/demo").mkdir(parents=True)
     arguments = parse_arguments([])
-    assert training._claim_output(arguments[0], arguments[3])[0] == Path("outputs/demo-2")
+    with claim_output("demo", arguments[3]) as start:
+        assert start.output == Path("outputs/demo-2")
+    assert not start.output.exists()
 
 
 def test_nothing_is_written_before_all_checks_passed(table, tmp_path):
@@ -254,7 +257,8 @@ def test_nothing_is_written_before_all_checks_passed(table, tmp_path):
     assert not output.exists()
     (output / "checkpoints" / "runs").mkdir(parents=True)  # a start that failed later leaves logs at most
     arguments = parse_arguments(["--output_dir", str(output)])
-    assert training._claim_output(arguments[0], arguments[3]) == (output, None)
+    with claim_output("demo", arguments[3]) as start:
+        assert start == (output, None, False, False)
 
 
 def test_a_trained_tokenizer_does_not_fit_pretrained_text_weights(table, tmp_path):
@@ -263,7 +267,7 @@ def test_a_trained_tokenizer_does_not_fit_pretrained_text_weights(table, tmp_pat
 
 
 def test_nothing_to_resume_is_an_error(table, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
         run(table, tmp_path / "new", "--resume_from_checkpoint", "true")
 
 
@@ -379,6 +383,29 @@ def test_an_interrupted_run_is_resumed(table, tmp_path, monkeypatch):
     assert record["resumed"] and (output / "config.json").exists() and not (output / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("policy", ["error", "skip", "missing"])
+def test_images_that_vanish_during_training_follow_bad_images(policy, tmp_path, monkeypatch, capsys):
+    table, training_step = write_table(tmp_path / "table"), MMClfTrainer.training_step
+
+    def vanish(self, *args):
+        for dataset in (self.train_dataset, self.eval_dataset):
+            (table.parent / "pictures" / dataset.with_format(None)[0]["image"]).unlink(missing_ok=True)
+        return training_step(self, *args)
+
+    monkeypatch.setattr(MMClfTrainer, "training_step", vanish)
+    flags = ["--num_train_epochs", "2", "--no_ablations", "--bad_images", policy]
+    if policy == "error":
+        with pytest.raises(ValueError, match="cannot read the image .*--bad_images skip"):
+            run(table, tmp_path / "m", *flags)
+        return
+    reports = json.loads((run(table, tmp_path / "m", *flags) / "metrics.json").read_text())
+    said = capsys.readouterr().err
+    fate = "left out" if policy == "skip" else "taken as missing"
+    assert said.count(f"Image became unreadable and is {fate}: ") == 2
+    assert ("1 of 6 validation rows are left out of the report" in said) == (policy == "skip")
+    assert reports["validation"]["rows"] == (5 if policy == "skip" else 6)
+
+
 def test_resuming_with_other_texts_for_a_trained_tokenizer_is_refused(tmp_path, monkeypatch):
     table, output, training_step = write_table(tmp_path / "table"), tmp_path / "m", MMClfTrainer.training_step
     flags = ["--save_strategy", "steps", "--eval_strategy", "steps", "--save_steps", "1", "--eval_steps", "1"]
@@ -392,7 +419,7 @@ def test_resuming_with_other_texts_for_a_trained_tokenizer_is_refused(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         run(table, output, *flags, "--max_steps", "3")
     table.write_text(table.read_text().replace("small", "tall"))
-    with pytest.raises(ValueError, match="another tokenizer.*resume with the table of that run"):
+    with pytest.raises(ValueError, match="train rows was 48, digest .* and is 48, digest .*; vocabulary was"):
         run(table, output, *flags, "--max_steps", "3", "--resume_from_checkpoint", "true")
 
 

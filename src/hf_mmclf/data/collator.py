@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers.utils import logging
 
 from ..model.processing_mmclf import MMClfProcessor, is_missing_image
 from .augmentation import AugmentationArguments, ImageAugmentation, TextAugmentation
 from .images import open_image
+
+logger = logging.get_logger(__name__)
 
 
 class RowTransform:
@@ -22,23 +25,47 @@ class RowTransform:
         image ([`ImageAugmentation`] or [`EvaluationImageTransform`], *optional*): The transform of an image. Without
             one, no image is opened.
         text (`Callable`, *optional*): The transform of a text. Without one, texts stay.
+        bad_images (`str`, *optional*, defaults to `"error"`): What happens to an image that has become unreadable
+            since the rows were checked; see [`DataArguments`]. The labels of a row that is left out become unknown.
     """
 
-    def __init__(self, folder: Path, image: Callable | None = None, text: Callable | None = None):
-        self.folder, self.image, self.text = folder, image, text
+    def __init__(
+        self,
+        folder: Path,
+        image: Callable | None = None,
+        text: Callable | None = None,
+        bad_images: str = "error",
+    ):
+        self.folder, self.image, self.text, self.bad_images = folder, image, text, bad_images
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
-        rows = {name: batch[name] for name in ("text", "labels") if name in batch}
+        rows = {name: list(batch[name]) for name in ("text", "labels") if name in batch}
         if self.text is not None:
             rows["text"] = [text if text is None else self.text(text) for text in rows["text"]]
         if self.image is not None:
-            rows["pixel_values"] = [
-                None
-                if is_missing_image(cell)
-                else self.image(open_image(cell, self.folder, where, self.image.short_edge))
-                for cell, where in zip(batch["image"], batch["where"], strict=True)
-            ]
+            rows["pixel_values"] = list(map(self._open, batch["image"], batch["where"]))
+            if self.bad_images != "error" and "labels" in rows:
+                self._leave_out(rows, batch["image"])
         return rows
+
+    def _open(self, cell: Any, where: str) -> torch.Tensor | None:
+        if is_missing_image(cell):
+            return None
+        try:
+            return self.image(open_image(cell, self.folder, where, self.image.short_edge))
+        except ValueError as error:
+            if self.bad_images == "error":
+                raise
+            fate = "left out" if self.bad_images == "skip" else "taken as missing"
+            logger.warning_once(f"Image became unreadable and is {fate}: {where}: {error.__cause__}")
+            return None
+
+    def _leave_out(self, rows: dict[str, list], cells: Sequence[Any]) -> None:
+        """Make the labels of rows unknown whose image became unreadable, unless their text is enough."""
+        texts = [None] * len(cells) if self.bad_images == "skip" else rows.get("text", [None] * len(cells))
+        for row, (pixels, cell, text) in enumerate(zip(rows["pixel_values"], cells, texts, strict=True)):
+            if pixels is None and text is None and not is_missing_image(cell):
+                rows["labels"][row] = [-1.0] * len(rows["labels"][row])
 
 
 class EvaluationImageTransform:
@@ -103,22 +130,32 @@ class Preprocessing:
     Args:
         processor ([`MMClfProcessor`]): The processor of the model.
         folder (`Path`): The folder to which image names are relative.
+        bad_images (`str`, *optional*, defaults to `"error"`): As for [`RowTransform`]. A model without texts leaves
+            out what would be missing.
 
     Attributes:
         collator ([`Collator`]): Makes batches of transformed rows.
         evaluation ([`RowTransform`]): The transform of rows that are evaluated or predicted.
     """
 
-    def __init__(self, processor: MMClfProcessor, folder: Path):
-        image_processor = processor.image_processor
-        self.processor, self.folder, self.collator = processor, folder, Collator(processor)
-        self.evaluation = RowTransform(folder, image_processor and EvaluationImageTransform(image_processor))
+    def __init__(self, processor: MMClfProcessor, folder: Path, bad_images: str = "error"):
+        if bad_images == "missing" and processor.tokenizer is None:
+            bad_images = "skip"
+        image = processor.image_processor and EvaluationImageTransform(processor.image_processor)
+        self.processor, self.folder, self.bad_images, self.collator = (
+            processor,
+            folder,
+            bad_images,
+            Collator(processor),
+        )
+        self.evaluation = RowTransform(folder, image, bad_images=bad_images)
 
     def training(self, augmentation: AugmentationArguments) -> RowTransform:
         """Return the transform of training rows, with random changes of these strengths."""
         image_processor, swap, drop = self.processor.image_processor, augmentation.swap_words, augmentation.drop_words
         image = image_processor and ImageAugmentation(image_processor, augmentation)
-        return RowTransform(self.folder, image, TextAugmentation(swap, drop) if swap or drop else None)
+        text = TextAugmentation(swap, drop) if swap or drop else None
+        return RowTransform(self.folder, image, text, self.bad_images)
 
     def dataset(self, rows: Dataset, column: str | None = None, cells: Mapping[str, Any] | None = None) -> Dataset:
         """

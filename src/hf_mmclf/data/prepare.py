@@ -172,13 +172,8 @@ def prepare_data(
         if name in parsed:
             split = _with_labels(split, label_set, parsed[name])
         if uses_image:
-            check_paths(split, folder)
-            max_pixels = args.pixel_limit * 1e6
-            if args.bad_images == "error":
-                check_sizes(split, folder, max_pixels)
-            else:
-                split, bad = without_bad_images(split, folder, args.bad_images, max_pixels)
-                bad_images += bad
+            split, bad = _check_images(split, folder, args)
+            bad_images += bad
         _check_modalities(split, uses_image, uses_text)
         splits[name] = split
     if is_read and args.data is not None:
@@ -379,6 +374,17 @@ def references_of(rows: Dataset) -> np.ndarray:
     if "labels" not in rows.column_names:
         raise ValueError("these rows have no labels; name their column by --label_column or --label_columns")
     return rows.with_format("numpy")["labels"][:]
+
+
+def _check_images(data: Dataset, folder: Path, args: DataArguments) -> tuple[Dataset, list[tuple[str, str]]]:
+    """Return the rows that --bad_images lets through, and the row and the reason for each bad image."""
+    max_pixels = args.pixel_limit * 1e6
+    if not args.streaming or args.bad_images == "error":  # a file of a stream can vanish at any time
+        check_paths(data, folder)
+    if args.bad_images != "error":
+        return without_bad_images(data, folder, args.bad_images, max_pixels)
+    check_sizes(data, folder, max_pixels)
+    return data, []
 
 
 def _check_modalities(data: Dataset, uses_image: bool, uses_text: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, load_dataset
+from transformers.utils import logging
 
 from .collator import Collator, RowTransform
 from .labels import LabelSet, find_delimiter
@@ -26,6 +27,7 @@ from .prepare import (
 )
 from .tables import SPLIT_NAMES, TABLE_SUFFIXES, find_column, with_columns
 
+logger = logging.get_logger(__name__)
 STREAMED = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 
@@ -200,5 +202,9 @@ class StreamCollator:
         stream, processor = self.stream, self.collator.processor
         sources = {"train": _table(rows, stream.features, stream.args.data)}
         uses = processor.image_processor is not None, processor.tokenizer is not None
-        prepared = prepare_data(stream.args, *uses, stream.labels, sources=sources).splits["train"]
-        return self.collator(prepared.with_transform(self.transform).__getitems__(list(range(len(prepared)))))
+        prepared = prepare_data(stream.args, *uses, stream.labels, sources=sources)
+        fate = "left out" if stream.args.bad_images == "skip" else "taken as missing"
+        for where, reason in prepared.bad_images:
+            logger.warning_once(f"Image {fate}: {where}: {reason}")
+        rows = prepared.splits["train"]
+        return self.collator(rows.with_transform(self.transform).__getitems__(list(range(len(rows)))))

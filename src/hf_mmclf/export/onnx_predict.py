@@ -45,7 +45,7 @@ class OnnxClassifier:
             Execution providers of onnxruntime.
 
     Raises:
-        `ValueError`: If `hf-mmclf export` did not write the file.
+        `ValueError`: If the file cannot be loaded, or if `hf-mmclf export` did not write it.
     """
 
     def __init__(self, path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)):
@@ -53,7 +53,10 @@ class OnnxClassifier:
         options.log_severity_level = 3  # errors; not each node that cannot be computed in advance
         # Convert int8 weights of convolutions to floats once, when the model loads, and not in every run.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        except Exception as error:  # onnxruntime has classes of its own
+            raise ValueError(f"{path} cannot be loaded; export the model again: {str(error).strip()}") from error
         metadata = self.session.get_modelmeta().custom_metadata_map
         if "hf_mmclf" not in metadata:
             raise ValueError(f"{path}: no metadata of hf_mmclf; expected a model that `hf-mmclf export` wrote")

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import shutil
 import tempfile
@@ -10,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import is_torch_bf16_gpu_available, logging
@@ -81,6 +84,30 @@ def follow_umask(folder: str | Path) -> None:
                 file.chmod(Path(folder).stat().st_mode & 0o666)
 
 
+def check_file(file: Path) -> None:
+    """
+    Open a file of weights or settings, so that one that a full disk or a killed process left is found.
+
+    Args:
+        file (`Path`): A .safetensors file, a file of `torch.save`, or a .json file. Others are not opened.
+
+    Raises:
+        `ValueError`: If the file is damaged or missing. The message begins with its name.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt"):  # the header, and the length that it announces
+                pass
+        elif file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix in (".bin", ".pt", ".pth"):
+            with ZipFile(file) as archive:
+                if member := archive.testzip():
+                    raise ValueError(f"bad checksum of {member}")
+    except (OSError, ValueError, BadZipFile, SafetensorError) as error:
+        raise ValueError(f"{file.name} cannot be read: {error}") from error
+
+
 def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor, folder: str | Path) -> None:
     """
     Save weights (safetensors), configuration, image processor and tokenizer, with the code that loads them.
@@ -109,6 +136,8 @@ class Predictor:
         processor ([`MMClfProcessor`]): The image processor and the tokenizer, as far as the model needs them.
         trainer (`Trainer`, *optional*):
             Computes the logits. By default each call makes a trainer that suits the machine.
+        bad_images (`str`, *optional*, defaults to `"error"`):
+            What happens to an image that becomes unreadable after its row was prepared; see [`RowTransform`].
 
     Example:
 
@@ -132,6 +161,7 @@ class Predictor:
     model: MMClfForImageTextClassification
     processor: MMClfProcessor
     trainer: Trainer | None = None
+    bad_images: str = "error"
 
     @classmethod
     def load(cls, folder: str | Path) -> "Predictor":
@@ -141,12 +171,17 @@ class Predictor:
         Raises:
             `FileNotFoundError`: if there is no model in the folder, or training has not finished.
             `ValueError`: if the folder holds another kind of model, if tensors are missing or surplus, or if a file is
-                damaged.
+                damaged or missing.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             unfinished = "; its training has not finished" if (folder / "checkpoints").is_dir() else ""
             raise FileNotFoundError(f"{folder}: no model here (no config.json){unfinished}")
+        try:
+            for file in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
+                check_file(file)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}; copy or download the folder again, or train again") from error
         with no_progress_bars():
             return cls(folder, *load_model(folder))
 
@@ -259,7 +294,7 @@ class Predictor:
         Returns:
             `PredictionOutput`: `predictions` are the logits `(rows, labels)`, float32, in the order of the rows.
         """
-        preprocessing = Preprocessing(self.processor, folder)
+        preprocessing = Preprocessing(self.processor, folder, self.bad_images)
         dataset = preprocessing.dataset(rows, *(replaced or ()))
         if self.trainer is not None:
             return _checked(self.trainer.predict(dataset), rows)

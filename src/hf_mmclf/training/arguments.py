@@ -93,7 +93,9 @@ class MMClfTrainingArguments(TrainingArguments):
         output_dir (`str`, *optional*):
             Folder for the trained model. Without it a new folder in outputs/ gets the preset's name.
         resume_from_checkpoint (`str`, *optional*):
-            `"true"` to resume from the last checkpoint in the output folder, or the folder of a checkpoint.
+            `"true"` to resume from the newest whole checkpoint in the output folder, or the folder of a checkpoint.
+            Rows and settings must be those of the interrupted run. Only the number of epochs or steps may differ; the
+            learning rates then follow the schedule of the new number. If the run has finished, nothing is trained.
         eval_strategy (`str`, *optional*, defaults to `"epoch"`):
             When to evaluate: `"no"`, `"steps"` or `"epoch"`.
         save_strategy (`str`, *optional*, defaults to `"epoch"`):

@@ -12,8 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,6 @@ import pyarrow as pa
 import torch
 from accelerate.utils import convert_bytes
 from datasets import Dataset, concatenate_datasets
-from huggingface_hub.constants import HF_HOME
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -32,14 +30,13 @@ from transformers.utils import logging
 
 from ..data.collator import Collator, EvaluationImageTransform, RowTransform
 from ..data.images import image_paths
-from ..evaluation.report import format_table
 from ..model.configuration_mmclf import MMClfConfig
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from .arguments import MMClfTrainingArguments
+from .cache_folders import ABOUT, default_folder
 
 logger = logging.get_logger(__name__)
 SHARD = 2_000  # rows
-ABOUT = "about.json"
 PACKAGES = ("hf_mmclf", "torch", "torchcodec", "torchvision", "timm", "transformers", "pillow")
 
 # Fields of the configuration that do not change the features: the parts after the backbones, labels and thresholds.
@@ -49,11 +46,6 @@ AFTER_BACKBONES = (
     *("threshold", "label_thresholds", "missing_thresholds", "label_ids", "id2label", "label2id"),
     *("image_weights", "text_weights", "transformers_version"),
 )
-
-
-def default_folder() -> Path:
-    """Return the default folder of the caches: `hf_mmclf/features` in `HF_HOME`."""
-    return Path(HF_HOME) / "hf_mmclf" / "features"
 
 
 @dataclasses.dataclass
@@ -207,8 +199,9 @@ class FeatureCache:
         """
         shards = {name: self._shards(*given) for name, given in wanted.items()}
         flat = [shard for group in shards.values() for shard in group]
+        absent = {shard.file for shard in flat if not _is_whole(shard)}
         total = sum(shard.size for shard in flat)
-        missing = sum(shard.size for shard in flat if not shard.file.exists())
+        missing = sum(shard.size for shard in flat if shard.file in absent)
         views = ", ".join(f"{name} {len(rows):,} rows x {count}" for name, (rows, _, count) in wanted.items())
         reused = f", of which {convert_bytes(total - missing)} are reused" if missing < total else ""
         logger.info(f"feature cache: {views}; about {convert_bytes(total)} in {self.folder}{reused}")
@@ -220,10 +213,12 @@ class FeatureCache:
                 f"{convert_bytes(free)} left; give fewer --cached_views or another --feature_cache_dir, free space by "
                 "`hf-mmclf cache --clear`, or leave --cache_features out"
             )
-        (self.folder / ABOUT).write_text(self.about, encoding="utf-8")
+        part = self.folder / f"{ABOUT}.{self.args.process_index}"
+        part.write_text(self.about, encoding="utf-8")
+        part.replace(self.folder / ABOUT)
         self.args.distributed_state.wait_for_everyone()  # no process writes before all have looked for shards
         for name, (rows, transform, _) in wanted.items():
-            self._write_share(name, shards[name], rows, transform)
+            self._write_share(name, shards[name], absent, rows, transform)
         self.args.distributed_state.wait_for_everyone()
         return {name: self._read(shards[name], *given) for name, given in wanted.items()}
 
@@ -250,10 +245,12 @@ class FeatureCache:
             numbers += self.shapes["text"][1] * sum(lengths) / len(texts)
         return 2 * numbers
 
-    def _write_share(self, name: str, shards: Sequence[Shard], rows: Dataset, transform: RowTransform) -> None:
-        """Write the missing ones of the shards that this process computes."""
+    def _write_share(
+        self, name: str, shards: Sequence[Shard], absent: Collection[Path], rows: Dataset, transform: RowTransform
+    ) -> None:
+        """Write those of the shards that this process computes whose file is absent."""
         local, count = self.args.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        missing = [shard for shard in shards[local::count] if not shard.file.exists()]
+        missing = [shard for shard in shards[local::count] if shard.file in absent]
         hidden = self.args.disable_tqdm or local > 0
         for shard in tqdm(missing, f"Computing features, {name}", unit="shard", disable=hidden):
             self._write(shard.file, rows.select(shard.rows).with_transform(transform))
@@ -270,10 +267,15 @@ class FeatureCache:
         with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             torch.manual_seed(int(path.stem[:12], 16))
             part = Path(scratch) / path.name
-            with pa.ipc.new_stream(str(part), schema) as writer:
-                for batch in loader:
-                    writer.write_batch(pa.RecordBatch.from_pydict(self._columns(batch), schema))
-            part.replace(path)
+            try:
+                with pa.ipc.new_stream(str(part), schema) as writer:
+                    for batch in loader:
+                        writer.write_batch(pa.RecordBatch.from_pydict(self._columns(batch), schema))
+                part.replace(path)
+            except OSError as error:
+                raise OSError(
+                    f"features cannot be written to {path}: {error}; free space, or give another --feature_cache_dir"
+                ) from error
 
     def _columns(self, batch: Mapping[str, torch.Tensor]) -> dict[str, pa.ListArray]:
         """Return the features of a batch as one flat list a row, without padding, and empty without the modality."""
@@ -311,6 +313,21 @@ class FeatureCache:
             if not np.isfinite(features).all():
                 raise ValueError(f"features of the {name} backbone exceed half precision; leave --cache_features out")
         return found
+
+
+def _is_whole(shard: Shard) -> bool:
+    """Return whether the features of all rows are there. A damaged file is named, and replaced later."""
+    if not shard.file.exists():
+        return False
+    try:
+        rows = len(Dataset.from_file(str(shard.file)))
+        if rows == len(shard.rows):
+            return True
+        found = f"{rows} of {len(shard.rows)} rows"
+    except (OSError, ValueError) as error:
+        found = str(error)
+    logger.warning(f"{shard.file} is damaged ({found}); its features are computed again")
+    return False
 
 
 def _check_frozen(config: MMClfConfig) -> None:
@@ -360,35 +377,3 @@ def _digest_of_rows(rows: Dataset, folder: Path) -> str:
             found = (folder / place).stat()
             digest.update(f"{found.st_size} {found.st_mtime_ns}".encode())
     return digest.hexdigest()
-
-
-def folder_size(folder: Path) -> int:
-    """Return the number of bytes of all files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def cache_entries(folder: Path | None = None) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the caches in a folder and what `about.json` says of each, the most recently used one last."""
-    found = sorted((folder or default_folder()).glob(f"*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
-    return [(file.parent, json.loads(file.read_text(encoding="utf-8"))) for file in found]
-
-
-def caches_table(folder: Path | None = None, clear: bool = False) -> str:
-    """
-    Describe the feature caches in a folder as a table, and remove them on request.
-
-    Args:
-        folder (`Path`, *optional*): The folder. Defaults to [`default_folder`].
-        clear (`bool`, *optional*, defaults to `False`): Whether to remove the caches.
-    """
-    folder, rows, total = folder or default_folder(), [], 0
-    for cache, about in cache_entries(folder):
-        size, used = folder_size(cache), time.localtime((cache / ABOUT).stat().st_mtime)
-        total += size
-        row = {"cache": cache.name, **{f"{part} backbone": about[f"{part}_backbone"] for part in ("image", "text")}}
-        rows.append(row | {"size": convert_bytes(size), "last used": time.strftime("%Y-%m-%d %H:%M", used)})
-        if clear:
-            shutil.rmtree(cache)
-    if not rows:
-        return f"No feature cache in {folder}"
-    return f"{format_table(rows)}\n\n{convert_bytes(total)} {'removed from' if clear else 'in'} {folder}"

@@ -108,7 +108,8 @@ def prepare_inputs(
         logger.info(f"tokenizer: {source}")
     trained = model.num_parameters(only_trainable=True)
     logger.info(f"parameters: {model.num_parameters():,}, of which {trained:,} train")
-    preprocessing = Preprocessing(build_processor(model, model_args, tokenizer), prepared.folder)
+    bad_images = "error" if args.cache_features else data_args.bad_images  # a cache must not keep what is not there
+    preprocessing = Preprocessing(build_processor(model, model_args, tokenizer), prepared.folder, bad_images)
     return TrainingInputs(prepared, train_rows, stream, model, preprocessing, source, missing)
 
 

@@ -1,8 +1,6 @@
 """Training: arguments in, one folder with a trained model, its thresholds and its reports out."""
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.torch import load_model
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerState, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import EarlyStoppingCallback, TrainerState, set_seed
 from transformers.utils import logging
 
 from ..data.augmentation import AugmentationArguments
@@ -24,7 +21,8 @@ from ..evaluation.report import ComputeMetrics, report_text, scores_of
 from ..evaluation.thresholds import best_threshold, label_thresholds
 from ..inference.predictor import Predictor, atomic_folder, save_model
 from ..model.modeling_mmclf import MMClfForImageTextClassification
-from .arguments import MMClfTrainingArguments, ModelArguments
+from .arguments import Arguments, MMClfTrainingArguments, ModelArguments
+from .checkpoints import Start, begin_run, claim_output, fingerprint, remove_traces
 from .feature_cache import FeatureCache
 from .inputs import TrainingInputs, build_config, build_model, check_arguments, prepare_inputs, settle_labels
 from .losses import MultiLabelLoss
@@ -32,7 +30,6 @@ from .record import Outcomes, Results, run_record, write_records
 from .trainer import MMClfTrainer
 
 logger = logging.get_logger(__name__)
-CHECKPOINTS, VOCABULARY = "checkpoints", "vocabulary.json"
 
 
 def train(
@@ -59,8 +56,9 @@ def train(
         `splits.csv`, and the model card (`README.md`) with its plots.
 
     Raises:
-        `FileExistsError`: If the output folder is in use already.
-        `ValueError`, `OSError`: If arguments, rows or weights do not fit. Nothing has been written then.
+        `FileExistsError`: If the output folder is not empty, or if another run uses it.
+        `ValueError`, `OSError`: If arguments, rows or weights do not fit, or if the run cannot be resumed. Nothing has
+            been written then.
 
     Example:
 
@@ -79,26 +77,34 @@ def train(
     ```
     """
     _check_arguments(data_args, args)
-    output, checkpoint = _claim_output(model_args, args)
+    with claim_output(model_args.preset, args) as start:
+        if not start.finished:
+            _run((model_args, data_args, augmentation, args), start)
+    return start.output
+
+
+def _run(arguments: Arguments, start: Start) -> None:
+    """Train, score and write in an output folder that this run has claimed."""
+    model_args, data_args, augmentation, args = arguments
     set_seed(args.seed)
     inputs = prepare_inputs(model_args, data_args, args)
-    _open_checkpoints(args, checkpoint, inputs.preprocessing.processor.tokenizer)
-    trainer = _fit(inputs, augmentation, args, checkpoint)
-    predictor = Predictor(output, inputs.model, inputs.preprocessing.processor, trainer)
+    begin_run(args, start, fingerprint(arguments, inputs))
+    trainer = _fit(inputs, augmentation, args, start.checkpoint)
+    preprocessing = inputs.preprocessing
+    predictor = Predictor(start.output, inputs.model, preprocessing.processor, trainer, preprocessing.bad_images)
     outcomes, speed, temperature = _score(predictor, inputs.prepared, args)
     _fit_thresholds(predictor, inputs.prepared, outcomes, args)
     results = Results(_report(predictor, inputs.prepared, outcomes, args.ablations), outcomes, speed, temperature)
     if args.process_index == 0:
-        record = run_record((model_args, data_args, augmentation, args), trainer, inputs, results)
-        record["resumed"] = checkpoint is not None
-        with atomic_folder(output, Path(args.output_dir) / "finished") as stage:
+        record = run_record(arguments, trainer, inputs, results)
+        record["resumed"] = start.checkpoint is not None
+        with atomic_folder(start.output, Path(args.output_dir) / "finished") as stage:
             save_model(predictor.model, predictor.processor, stage)
             write_records(stage, inputs, results, record, args.save_predictions)
         if not args.keep_checkpoints:
-            _remove_traces(Path(args.output_dir))
-        _print_summary(output, results, inputs.model.config.threshold)
+            remove_traces(Path(args.output_dir))
+        _print_summary(start.output, results, inputs.model.config.threshold)
     trainer.accelerator.wait_for_everyone()
-    return output
 
 
 def build_trainer(
@@ -240,6 +246,11 @@ def _score(
             continue
         output, references = predictor.predict(rows, prepared.folder), references_of(rows)
         logits = output.predictions
+        lost = (output.label_ids == -1).all(1) & (references != -1).any(1)
+        if lost.any():  # images became unreadable, and --bad_images leaves their rows out
+            logger.warning(f"{lost.sum()} of {len(rows)} {name} rows are left out of the report")
+            prepared.splits[name] = rows.select(np.flatnonzero(~lost))
+            logits, references = logits[~lost], references[~lost]
         if name == "validation" and args.calibrate:
             temperature = fit_temperature(logits, references)
             predictor.model.calibrate(temperature)
@@ -314,66 +325,3 @@ def _check_arguments(data_args: DataArguments, args: MMClfTrainingArguments) -> 
         )
     if args.cache_features:
         raise ValueError("--cache_features keeps all rows on disk; leave it or --streaming out")
-
-
-def _claim_output(model_args: ModelArguments, args: MMClfTrainingArguments) -> tuple[Path, str | None]:
-    """Return the output folder and the checkpoint to resume from. Trainer's own files go to a sub-folder of it."""
-    resuming = args.resume_from_checkpoint not in (None, "false", "False", False)
-    output = Path(args.output_dir)
-    if args.output_dir == "trainer_output":  # transformers' default: nobody chose a folder
-        if resuming:
-            raise ValueError("--resume_from_checkpoint needs the --output_dir of the run to resume")
-        output, number = Path("outputs") / model_args.preset, 2
-        while output.exists():  # all processes find the same name, because none of them has written yet
-            output, number = Path("outputs") / f"{model_args.preset}-{number}", number + 1
-    elif not resuming and _is_used(output):
-        raise FileExistsError(
-            f"{output} is not empty; give another --output_dir, or --resume_from_checkpoint true to resume there"
-        )
-    args.output_dir = str(output / CHECKPOINTS)
-    if not resuming:
-        return output, None
-    checkpoint = args.resume_from_checkpoint
-    if str(checkpoint).lower() == "true":
-        checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if checkpoint is None or not Path(checkpoint).is_dir():
-        raise FileNotFoundError(f"no checkpoint to resume from: {checkpoint or args.output_dir}")
-    return output, checkpoint
-
-
-def _is_used(output: Path) -> bool:
-    """Return whether a folder holds a model, a checkpoint or anything else but traces of a failed start."""
-    if not output.exists():
-        return False
-    return any(entry.name != CHECKPOINTS for entry in output.iterdir()) or any(
-        (output / CHECKPOINTS).glob("checkpoint-*")
-    )
-
-
-def _open_checkpoints(
-    args: MMClfTrainingArguments, checkpoint: str | None, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
-    """Create the folder of checkpoints, without traces of a failed start. All processes have checked before."""
-    folder = Path(args.output_dir)
-    vocabulary, file = tokenizer and tokenizer.get_vocab(), folder / VOCABULARY
-    if checkpoint is not None and file.is_file() and json.loads(file.read_text(encoding="utf-8")) != vocabulary:
-        raise ValueError(
-            f"{checkpoint} was trained with another tokenizer, so its token numbers have other meanings now. A "
-            "tokenizer that is trained depends on the texts of the training rows: resume with the table of that run"
-        )
-    args.distributed_state.wait_for_everyone()
-    if args.process_index == 0:
-        if checkpoint is None:
-            _remove_traces(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(vocabulary), encoding="utf-8")
-    args.distributed_state.wait_for_everyone()
-
-
-def _remove_traces(checkpoints: Path) -> None:
-    """Remove the files of a run from its folder of checkpoints, but not files of others, such as logs."""
-    for pattern in ("checkpoint-*", "finished", VOCABULARY):
-        for path in checkpoints.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
-        checkpoints.rmdir()

@@ -1,10 +1,13 @@
 """`Trainer` with a criterion, separate learning rates for the backbones, and a collator for training rows."""
 
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import convert_bytes
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
@@ -138,3 +141,14 @@ class MMClfTrainer(Trainer):
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # what writers raise if the disk is full
+            folder, reason = self.args.output_dir, str(error).splitlines()[0]
+            free = convert_bytes(shutil.disk_usage(folder).free)
+            raise OSError(
+                f"checkpoint-{self.state.global_step} cannot be saved in {folder}, which has {free} left: {reason}; "
+                "free space, then --resume_from_checkpoint true goes on from the last whole checkpoint"
+            ) from error
