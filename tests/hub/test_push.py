@@ -16,7 +16,8 @@ from support.tiny_folder import CAPTIONS, write_folder, write_table
 from transformers import AutoConfig
 
 from hf_mmclf.hub.push import PLACEHOLDER, push_to_hub
-from hf_mmclf.inference.predictor import Predictor, save_model
+from hf_mmclf.inference.folders import save_model
+from hf_mmclf.inference.predictor import Predictor
 from hf_mmclf.model import modeling_mmclf
 
 NAME = "user/toys"

@@ -11,7 +11,7 @@ from transformers import BertConfig
 
 from hf_mmclf import DataArguments, Predictor
 from hf_mmclf.evaluation.report import report
-from hf_mmclf.inference.predictor import atomic_folder, save_model
+from hf_mmclf.inference.folders import atomic_folder, save_model
 
 KINDS = ["both", "image", "text"]
 

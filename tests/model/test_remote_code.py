@@ -17,7 +17,8 @@ from safetensors import safe_open
 from support.tiny_folder import CAPTIONS, write_folder, write_table
 
 import hf_mmclf
-from hf_mmclf.inference.predictor import Predictor, save_model
+from hf_mmclf.inference.folders import save_model
+from hf_mmclf.inference.predictor import Predictor
 
 SOURCES = sorted(Path(hf_mmclf.__file__).with_name("model").glob("*_mmclf.py"))
 PEOPLE_HAVE = {"torch", "torchvision", "timm", "transformers", "huggingface_hub", "numpy", "PIL"}

@@ -14,7 +14,8 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from ..inference.predictor import Predictor, atomic_folder, save_model
+from ..inference.folders import atomic_folder, save_model
+from ..inference.predictor import Predictor
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from ..model.processing_mmclf import MMClfProcessor
 from .card import PLACEHOLDER, write_card

@@ -333,15 +333,12 @@ def load_model(source: str | os.PathLike, trust_remote_code: bool = False, **opt
         raise
     except Exception as error:  # each format has errors of its own
         raise ValueError(f"{source}: cannot be loaded: {' '.join(str(error).split())}") from error
-    vocabulary = processor.tokenizer and set(processor.tokenizer.get_vocab()) - set(
-        processor.tokenizer.all_special_tokens
-    )
-    for part, needed, found in (
-        ("image processor", model.config.has_image, processor.image_processor),
-        ("tokenizer", model.config.has_text, vocabulary),  # transformers makes one up of special tokens
-    ):
-        if needed and not found:
-            raise ValueError(f"{source}: the {part} of the model is missing; copy or download the folder again")
+    tokenizer, image_processor, config = processor.tokenizer, processor.image_processor, model.config
+    if config.has_image and image_processor is None:
+        raise ValueError(f"{source}: no preprocessor_config.json; copy or download the folder again")
+    if config.has_text and (tokenizer is None or set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)):
+        # transformers makes a tokenizer of special tokens up
+        raise ValueError(f"{source}: no tokenizer.json or tokenizer_config.json; copy or download the folder again")
     for kind, names in (("missing", info["missing_keys"]), ("not of this model", info["unexpected_keys"])):
         if names:
             shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")

@@ -17,7 +17,7 @@ from filelock import SoftFileLock, Timeout
 from transformers.utils import logging
 
 from ..data.splits import row_digests
-from ..inference.predictor import check_file
+from ..inference.folders import check_file
 from .arguments import Arguments, MMClfTrainingArguments
 from .inputs import TrainingInputs
 

@@ -19,7 +19,8 @@ from ..evaluation.ablation import REMOVED
 from ..evaluation.metrics import fit_temperature
 from ..evaluation.report import ComputeMetrics, report_text, scores_of
 from ..evaluation.thresholds import best_threshold, label_thresholds
-from ..inference.predictor import Predictor, atomic_folder, save_model
+from ..inference.folders import atomic_folder, save_model
+from ..inference.predictor import Predictor
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from .arguments import Arguments, MMClfTrainingArguments, ModelArguments
 from .checkpoints import Start, begin_run, claim_output, fingerprint, remove_traces

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import TrainOutput
 
-from ..inference.predictor import follow_umask
+from ..inference.folders import follow_umask
 from ..inference.quiet import no_progress_bars, without_message
 from .arguments import MMClfTrainingArguments
 from .losses import MultiLabelLoss
