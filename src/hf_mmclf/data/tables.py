@@ -20,6 +20,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, l
 from transformers.utils import logging
 
 from .csv_files import LineError, csv_readers, read_lines
+from .reachability import check_reachable
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
 ROWS_AT_ONCE = 1_000  # Python objects for a whole table would need several times the memory of its columns
@@ -64,6 +65,7 @@ def read_source(source: Source) -> DatasetDict:
     elif table_suffix(path) in TABLE_SUFFIXES or path.is_absolute() or str(source).startswith("."):
         raise ValueError(f"{str(source)!r}: no such file or folder")
     else:
+        check_reachable(str(source))
         splits = _as_splits(load_dataset(str(source)), str(source))
     return DatasetDict(splits)
 

@@ -29,7 +29,8 @@ def load_tokenizer(
         `tuple[PreTrainedTokenizerBase, str]`: The tokenizer, and where it comes from, in words.
 
     Raises:
-        `ValueError`: If there are no texts to train on, or if a vocabulary file is not that of a BERT.
+        `ValueError`: If there are no texts to train on, if a vocabulary file is not that of a BERT, or if a tokenizer
+            knows no words.
         `OSError`: If a name is neither a file nor a folder nor on the Hub.
     """
     path = Path(source)
@@ -56,6 +57,11 @@ def load_tokenizer(
         if not path.is_dir():
             raise
         raise ValueError(f"{source}: no tokenizer in this folder: {error}") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{source}: its tokenizer knows special tokens only ({', '.join(tokenizer.get_vocab())}), so every word "
+            "is unknown; name another one by --tokenizer"
+        )
     return tokenizer, f"{path.name if path.is_dir() else source} ({len(tokenizer):,} tokens)"
 
 

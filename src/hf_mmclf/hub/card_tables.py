@@ -79,6 +79,7 @@ def recipe_rows(training: Mapping[str, Any]) -> list[dict[str, str]]:
     seconds = [entry["train_runtime"] for entry in training.get("history", ()) if "train_runtime" in entry]
     values = {
         "preset": training.get("preset"),
+        "started from the model": training.get("started_from"),
         "data": training.get("data"),
         "splits": training.get("splits"),
         "rows": training.get("rows") or None,

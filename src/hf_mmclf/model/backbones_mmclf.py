@@ -10,10 +10,17 @@ from pathlib import Path
 
 import timm
 import torch
+import transformers
 from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.nn import functional as F
-from transformers import MODEL_MAPPING, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .configuration_mmclf import MMClfConfig
 
@@ -214,13 +221,38 @@ def is_pooled(config: MMClfConfig) -> bool:
     return config.text_pooling == "pooler" and not (config.has_image or config.fusion == "label_queries")
 
 
+def text_encoder(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """
+    Return the class of the text encoder of a configuration, such as `BertModel` or `CLIPTextModel`.
+
+    Raises:
+        `ValueError`: if the configuration is that of another kind of model.
+    """
+    name, kind = type(config).__name__, config.model_type
+    encoder = getattr(transformers, name.replace("Config", "Model"), None)
+    if not name.endswith("TextConfig") and type(config) in MODEL_MAPPING:
+        encoder = MODEL_MAPPING[type(config)]
+    generates = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    for reason, applies in {
+        "it has a decoder": getattr(config, "is_encoder_decoder", False),
+        "it generates text": generates and kind != "xlnet",
+        "it has no vocabulary": getattr(config, "vocab_size", None) is None,
+        "it reads other things than text": hasattr(config, "vision_config") or hasattr(config, "audio_config"),
+        "transformers has no text model for it": encoder is None,
+    }.items():
+        if applies:
+            raise ValueError(f"a {kind} model cannot be the text backbone: {reason}; expected an encoder such as BERT")
+    return encoder
+
+
 def create_text_backbone(config: MMClfConfig) -> PreTrainedModel:
     """Create the text encoder of a configuration with random weights.
 
     Raises:
-        `ValueError`: if the encoder has no pooler, and the configuration asks for it.
+        `ValueError`: if the configuration is not that of a text encoder, or if the encoder has no pooler, and the
+            configuration asks for it.
     """
-    encoder = MODEL_MAPPING[type(config.text_config)]
+    encoder = text_encoder(config.text_config)
     pooled = is_pooled(config)
     if "add_pooling_layer" in inspect.signature(encoder).parameters:
         # DistributedDataParallel does not allow the parameters of an unused pooler

@@ -10,6 +10,12 @@ import numpy as np
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Fields that belong to the labels of a trained model.
+OF_LABELS = ("id2label", "label2id", "label_ids", "threshold", "label_thresholds", "missing_thresholds")
 
 
 def option(default: Any) -> Any:
@@ -120,6 +126,24 @@ class MMClfConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.label2id = {name: i for i, name in self.id2label.items()}  # derived, whatever was given
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "MMClfConfig":
+        """
+        Create a configuration from a dictionary.
+
+        Args:
+            config_dict (`dict`): The content of `config.json`.
+            kwargs: Fields that win over it. Labels other than those of the dictionary drop its thresholds and label
+                ids, which belong to its own labels.
+        """
+        saved, given = config_dict.get("id2label"), kwargs.get("id2label")
+        if saved and given and {int(i): name for i, name in given.items()} != {int(i): n for i, n in saved.items()}:
+            logger.warning("Other labels than those of the saved model: its thresholds and label ids are left out.")
+            config_dict = {name: value for name, value in config_dict.items() if name not in OF_LABELS}
+            config_dict |= {"id2label": given, "label_ids": list(kwargs.pop("id2label").values())}
+            kwargs.pop("label2id", None)  # which is derived
+        return super().from_dict(config_dict, **kwargs)
 
     def validate_numbers(self):
         """Raise `ValueError` if a number of the architecture is out of range."""

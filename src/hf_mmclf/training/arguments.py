@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -47,10 +48,12 @@ class ModelArguments(ArchitectureArguments):
             without texts.
         from_scratch (`bool`, *optional*, defaults to `False`):
             Initialize both backbones with random weights.
-        image_weights (`str`, *optional*, defaults to `"hub"`):
-            Pretrained weights of the image backbone: `"hub"`, or a weights file or folder.
-        text_weights (`str`, *optional*, defaults to `"hub"`):
-            Pretrained weights of the text backbone: `"hub"`, or a folder.
+        image_weights (`str`, *optional*):
+            Pretrained weights of the image backbone: `"hub"`, or a weights file or folder. Without it they are those
+            of the Hub, with `from_scratch` random ones.
+        text_weights (`str`, *optional*):
+            Pretrained weights of the text backbone: `"hub"`, or a folder. Without it they are those of the Hub, with
+            `from_scratch` random ones.
         tokenizer (`str`, *optional*):
             Hub name, folder, vocab.txt, or `"train"` for a tokenizer that is trained on the training texts. Without a
             name it is the text backbone's own, with `from_scratch` a trained one.
@@ -60,6 +63,10 @@ class ModelArguments(ArchitectureArguments):
             Longer texts are truncated to this many tokens.
         image_size (`int`, *optional*):
             Side length of the square images in pixels. Without it the image backbone's own size is used.
+        init_from (`str`, *optional*):
+            Output folder of a training run, or its name on the Hub. The run starts from its weights, architecture,
+            preprocessing and tokenizer. Labels are matched by name: known ones keep their classifier, new ones start
+            with random weights.
 
     Raises:
         `ValueError`: If timm has no architecture of the name `image_backbone`.
@@ -70,18 +77,27 @@ class ModelArguments(ArchitectureArguments):
     image_backbone: str | None = None
     text_backbone: str | None = None
     from_scratch: bool = False
-    image_weights: str = "hub"
-    text_weights: str = "hub"
+    image_weights: str | None = None
+    text_weights: str | None = None
     tokenizer: str | None = None
     vocab_size: int = 8000
     max_tokens: int = 128
     image_size: int | None = None
+    init_from: str | None = None
 
     def __post_init__(self):
         name = self.image_backbone
         if name not in (None, "none") and ":" not in name and not timm.is_model(name):
             near = did_you_mean(name, timm.list_models())
             raise ValueError(f"image_backbone: timm has no architecture {name!r}{near}")
+
+    def backbone_weights(self) -> dict[str, str | None]:
+        """Return the pretrained weights by modality: what is given, else those of the Hub unless `from_scratch`."""
+        default = None if self.from_scratch else "hub"
+        text = self.text_weights or default
+        if text == "hub" and self.text_backbone and Path(self.text_backbone).is_dir():
+            text = self.text_backbone
+        return {"image": self.image_weights or default, "text": text}
 
 
 @dataclasses.dataclass

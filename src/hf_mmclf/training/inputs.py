@@ -12,16 +12,19 @@ from transformers.utils import logging
 
 from ..data.collator import Preprocessing
 from ..data.prepare import DataArguments, PreparedData, prepare_data, presence
+from ..data.reachability import check_reachable
 from ..data.streaming import Stream, open_stream
 from ..data.tokenizer import load_tokenizer
 from ..evaluation.report import FIGURES
 from ..evaluation.thresholds import check_objective
+from ..model.backbones_mmclf import text_encoder
 from ..model.configuration_mmclf import MMClfConfig
 from ..model.image_processing_mmclf import MMClfImageProcessor
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from ..model.processing_mmclf import MMClfProcessor
 from ..presets import config_from_preset
 from .arguments import ARCHITECTURE, MMClfTrainingArguments, ModelArguments
+from .continuation import FinishedModel
 from .losses import MultiLabelLoss
 
 logger = logging.get_logger(__name__)
@@ -89,7 +92,10 @@ def prepare_inputs(
         `ValueError`, `OSError`: If arguments contradict each other, rows cannot be read, or weights or the tokenizer
             cannot be loaded.
     """
-    config = build_config(model_args)
+    finished = FinishedModel.load(model_args) if model_args.init_from else None
+    config = finished.config(model_args) if finished else build_config(model_args)
+    if not finished:
+        _check_reachable(model_args, config)
     stream = None
     if data_args.streaming:
         args.accelerator_config.dispatch_batches = False  # each process decodes its own images
@@ -98,9 +104,13 @@ def prepare_inputs(
         prepared = prepare_data(data_args, config.has_image, config.has_text)
     train_rows = stream.head if stream else prepared.splits["train"]
     _report_rows(prepared, data_args.bad_images)
-    tokenizer, source = build_tokenizer(model_args, config, train_rows)
+    if finished:
+        tokenizer, source = finished.processor.tokenizer, config.has_text and f"that of {finished.name}"
+    else:
+        tokenizer, source = build_tokenizer(model_args, config, train_rows)
     missing = settle_labels(config, prepared, {"train": train_rows, **prepared.splits})
-    model = build_model(config, model_args, tokenizer)
+    model = finished.start(config) if finished else build_model(config, model_args, tokenizer)
+    processor = finished.processor if finished else build_processor(model, model_args, tokenizer)
     for part, weights in (("image", config.image_weights), ("text", config.text_weights)):
         if weights:
             logger.info(f"{part} backbone: {'random weights' if weights == 'scratch' else f'pretrained, {weights}'}")
@@ -109,8 +119,18 @@ def prepare_inputs(
     trained = model.num_parameters(only_trainable=True)
     logger.info(f"parameters: {model.num_parameters():,}, of which {trained:,} train")
     bad_images = "error" if args.cache_features else data_args.bad_images  # a cache must not keep what is not there
-    preprocessing = Preprocessing(build_processor(model, model_args, tokenizer), prepared.folder, bad_images)
+    preprocessing = Preprocessing(processor, prepared.folder, bad_images)
     return TrainingInputs(prepared, train_rows, stream, model, preprocessing, source, missing)
+
+
+def _check_reachable(args: ModelArguments, config: MMClfConfig) -> None:
+    """Check that the Hub can be reached if weights or the tokenizer come from there."""
+    weights = args.backbone_weights()
+    if config.has_image and weights["image"] == "hub":
+        check_reachable(config.image_backbone)
+    tokenizer = args.tokenizer or ("train" if args.from_scratch else config.text_backbone)
+    if config.has_text and (weights["text"] == "hub" or tokenizer not in ("train", args.text_backbone)):
+        check_reachable(config.text_backbone if weights["text"] == "hub" else tokenizer)
 
 
 def _report_rows(prepared: PreparedData, bad_images: str) -> None:
@@ -151,8 +171,12 @@ def build_config(args: ModelArguments) -> MMClfConfig:
 
 def _read_text_config(source: str) -> dict[str, Any]:
     """Read the configuration of a text encoder on the Hub or in a folder."""
+    check_reachable(source)
     try:
-        return AutoConfig.from_pretrained(source).to_dict()
+        config = AutoConfig.from_pretrained(source)
+        config = getattr(config, "text_config", config)  # of CLIP, SigLIP and their relatives
+        text_encoder(config)  # raises its error before rows are read
+        return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
     except ValueError:  # TinyBERT, BERT-tiny and other BERTs are older than the key model_type
         values, _ = PreTrainedConfig.get_config_dict(source)
         if "model_type" in values or "type_vocab_size" not in values:
@@ -183,12 +207,13 @@ def build_tokenizer(
     """
     if not config.has_text:
         return None, None
-    if args.tokenizer == "train" and not args.from_scratch:
+    pretrained = args.backbone_weights()["text"] is not None
+    if args.tokenizer == "train" and pretrained:
         raise ValueError(
             "--tokenizer train gives every word piece a new id, which pretrained text weights do not know; add "
             "--from_scratch, or leave --tokenizer out to use the backbone's own"
         )
-    source = args.tokenizer or ("train" if args.from_scratch else args.text_backbone or config.text_backbone)
+    source = args.tokenizer or (args.text_backbone or config.text_backbone if pretrained else "train")
     # The configuration names the class of the backbone's own tokenizer, which old repositories do not.
     own = config.text_config if source in (args.text_backbone, config.text_backbone) else None
     return load_tokenizer(source, filter(None, rows["text"][:]), args.vocab_size, own)
@@ -244,11 +269,9 @@ def build_model(
         `ValueError`: If the tokenizer has more tokens than the pretrained text backbone.
         `OSError`: If weights cannot be loaded.
     """
-    image_weights, text_weights = (None, None) if args.from_scratch else (args.image_weights, args.text_weights)
-    if text_weights == "hub" and args.text_backbone and Path(args.text_backbone).is_dir():
-        text_weights = args.text_backbone
+    weights = args.backbone_weights()
     if config.has_text:
-        if text_weights is None:
+        if weights["text"] is None:
             config.text_config.vocab_size = len(tokenizer)
             config.text_config.pad_token_id = tokenizer.pad_token_id
         elif len(tokenizer) > config.text_config.vocab_size:
@@ -256,7 +279,12 @@ def build_model(
                 f"the tokenizer has {len(tokenizer):,} tokens, the pretrained text backbone "
                 f"{config.text_config.vocab_size:,}; use the backbone's own tokenizer, or --from_scratch"
             )
-    return MMClfForImageTextClassification.from_backbones(config, image_weights, text_weights)
+        elif args.tokenizer and len(tokenizer) < 0.9 * config.text_config.vocab_size:
+            raise ValueError(
+                f"--tokenizer {args.tokenizer} has {len(tokenizer):,} tokens, the pretrained text backbone "
+                f"{config.text_config.vocab_size:,}, so its numbers mean other words; leave --tokenizer out"
+            )
+    return MMClfForImageTextClassification.from_backbones(config, weights["image"], weights["text"])
 
 
 def build_processor(

@@ -15,15 +15,18 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.utils import logging
 
 from hf_mmclf_cli import Documented, argument_entry, check_unknown, did_you_mean, documentation, entry, fill
 
 from ..data.augmentation import AugmentationArguments
 from ..data.prepare import DataArguments
 from ..inference.predictor import machine_defaults
-from ..presets import get_preset
+from ..presets import PRESETS, get_preset
 from .arguments import Arguments, MMClfTrainingArguments, ModelArguments
 from .inputs import check_arguments
+
+logger = logging.get_logger(__name__)
 
 CLASSES = (ModelArguments, DataArguments, AugmentationArguments, MMClfTrainingArguments)
 
@@ -143,7 +146,7 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) 
     parser.add_argument("--help_all", "--help-all", action="store_true", help="Show all arguments and exit.")
     # The defaults depend on these arguments, so they are read first.
     first = argparse.ArgumentParser(prog=prog, usage=parser.usage, add_help=False, allow_abbrev=False)
-    for name in ("config", "preset", "data"):
+    for name in ("config", "preset", "data", "init_from"):
         first.add_argument(f"--{name}")
     first.add_argument("--streaming", nargs="?", const=True, type=string_to_bool)
     first.add_argument("--help_all", "--help-all", action="store_true")
@@ -152,8 +155,8 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) 
         values = _read_yaml(config, parser.fields()) if config else {}
         argv = [*_as_flags(values, parser.fields()), *argv]
         early, _ = first.parse_known_args(argv)
-        preset = early.preset or ("warmerdbert" if early.data else "demo")
-        defaults = {**machine_defaults(), **get_preset(preset).recipe, "preset": preset}
+        preset, recipe = _recipe(early.preset, early.data, early.init_from)
+        defaults = {**machine_defaults(), **recipe, "preset": preset}
         if early.streaming:
             defaults |= dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.1, save_steps=0.1)
         parser.set_defaults(**defaults | {name: None for name, value in values.items() if value is None})
@@ -169,6 +172,21 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) 
     except ValueError as error:
         parser.error(str(error))
     return tuple(arguments)
+
+
+def _recipe(preset: str | None, data: str | None, init_from: str | None) -> tuple[str, dict[str, Any]]:
+    """Return a preset and its recipe: for a run that starts from a finished model, those of that model."""
+    if init_from is None:
+        preset = preset or ("warmerdbert" if data else "demo")
+        return preset, dict(get_preset(preset).recipe)
+    if preset is not None:
+        raise ValueError("--init_from brings the preset of the finished model; leave out --preset")
+    record = Path(init_from, "training.json")
+    preset = json.loads(record.read_text(encoding="utf-8")).get("preset") if record.is_file() else None
+    preset = preset if preset in PRESETS else "warmerdbert"
+    logger.info(f"Recipe: that of the preset {preset}")
+    own = {field.name for field in dataclasses.fields(ModelArguments)}
+    return preset, {name: value for name, value in get_preset(preset).recipe.items() if name not in own}
 
 
 def _read_yaml(path: str, known: Mapping[str, dataclasses.Field]) -> dict[str, Any]:

@@ -101,7 +101,8 @@ def _sources(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]:
         "preset": model_args.preset,
         "data": list(dict.fromkeys(names)) or [EMBEDDED],
         "datasets": list(dict.fromkeys(on_hub)),
-        "license": args.license or ("unknown" if places or started_from else "mit"),
+        "license": args.license or ("unknown" if places or started_from or model_args.init_from else "mit"),
+        "started_from": model_args.init_from and Path(model_args.init_from).name,
         "image_backbone": inputs.model.config.image_weights,
         "text_backbone": inputs.model.config.text_weights,
         "base_models": started_from,
@@ -153,13 +154,15 @@ def _best_checkpoint(args: MMClfTrainingArguments, state: TrainerState) -> dict[
 
 
 def base_models(args: ModelArguments, model: MMClfForImageTextClassification) -> list[str]:
-    """Return the names on the Hub of the pretrained backbones that were loaded from there."""
-    found = []
-    if model.config.has_image and args.image_weights == "hub":
+    """Return the names on the Hub of the finished model or the pretrained backbones that were loaded from there."""
+    if args.init_from is not None:
+        return [] if Path(args.init_from).is_dir() else [args.init_from]
+    found, weights = [], args.backbone_weights()
+    if model.config.has_image and weights["image"] == "hub":
         found.append(model.image_model.pretrained_cfg.get("hf_hub_id"))
-    if model.config.has_text and args.text_weights == "hub" and not Path(str(args.text_backbone)).is_dir():
+    if model.config.has_text and weights["text"] == "hub":
         found.append(model.config.text_backbone)
-    return [] if args.from_scratch else [name for name in found if name]
+    return [name for name in found if name]
 
 
 def machine_name(args: MMClfTrainingArguments) -> str:

@@ -140,8 +140,8 @@ def build_trainer(
     Raises:
         `ValueError`: If `streaming` or `cache_features` is set, because they serve one run only.
     """
-    if data_args.streaming or args.cache_features:
-        raise ValueError("a search trains several times on the same rows; leave out streaming and cache_features")
+    if data_args.streaming or args.cache_features or model_args.init_from:
+        raise ValueError("a search trains new models on the same rows; leave out streaming, cache_features, init_from")
     inputs = prepare_inputs(model_args, data_args, args)
     tokenizer = inputs.preprocessing.processor.tokenizer
 
