@@ -86,6 +86,7 @@ PIPELINE_REGISTRY.register_pipeline(TASK, ImageTextClassificationPipeline, pt_mo
 MMClfConfig.register_for_auto_class()
 MMClfForImageTextClassification.register_for_auto_class("AutoModel")
 MMClfImageProcessor.register_for_auto_class()
+MMClfProcessor.register_for_auto_class()
 
 
 class _MainProcessHandler(logging.Handler):
