@@ -49,7 +49,7 @@ SENT = {
         "splits.csv",
         "onnx/model.onnx",
     ),
-    *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
     *(file.name for file in Path(modeling_mmclf.__file__).parent.glob("*_mmclf.py")),
 }
 KEPT = ["checkpoints/model.safetensors", "onnx/cache.pkl", "predictions-test.csv", "pytorch_model.bin", "train.log"]

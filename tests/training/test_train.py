@@ -68,7 +68,7 @@ def test_example(capsys):
 
 def test_output_folder_is_complete_and_holds_no_pickle(finished):
     names = {path.name for path in finished.iterdir()}
-    assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"} <= names
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json"} <= names
     assert {"metrics.json", "training.json", "splits.csv", "README.md", *PLOTS} <= names
     assert {"predictions-validation.csv", "predictions-test.csv"} <= names
     assert "checkpoints" not in names and not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
