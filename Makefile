@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-COMMON := $(VENV)/transformers
+COMMON := $(abspath $(VENV)/transformers)
 
 .PHONY: demo test test-common lint bench clean
 

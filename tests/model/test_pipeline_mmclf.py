@@ -286,7 +286,7 @@ def test_a_bad_record_is_named_by_its_index(batch_size, pipe, records, tmp_path)
 
 
 def test_bad_calls(pipe, records):
-    for call in (lambda: pipe(), lambda: pipe(records, text="a dog")):
+    for call in (lambda: pipe(), lambda: pipe(records, image="a.jpg")):
         with pytest.raises(ValueError, match="one of these forms, and not both"):
             call()
     with pytest.raises(ValueError, match="columns of different lengths: {'image': 1, 'text': 2}"):
