@@ -145,13 +145,7 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
             `ValueError`: if a row has no image and no text, has other keys, or its image cannot be read. The message
             names the row by its index.
         """
-        given = [value for value in (image, images) if value is not None]
-        if text is not None and inputs is not None:
-            given, inputs = [inputs, *given], None
-        if (inputs is None) == (text is None and not given) or len(given) > 1:
-            raise ValueError("expected records, or pipe(image=..., text=...): one of these forms, and not both")
-        if inputs is None:
-            inputs = self._as_inputs(image=next(iter(given), None), text=text)
+        inputs = self._as_inputs(inputs, text, *(value for value in (image, images) if value is not None))
         if hasattr(inputs, "iloc"):  # a table of pandas
             inputs = Columns(**{str(name): inputs[name] for name in inputs.columns})
         if isinstance(inputs, Mapping):
@@ -163,8 +157,15 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         return list(super().__call__(Records(inputs), **kwargs)) if len(inputs) else []
 
     @staticmethod
-    def _as_inputs(**given: Any) -> dict[str, Any] | Columns:
-        """Return the keyword form of the call as one row or as columns."""
+    def _as_inputs(inputs: Any, text: Any, *images: Any) -> Any:
+        """Return the records of a call; of its other forms, one row or columns."""
+        if text is not None and inputs is not None:
+            images, inputs = (inputs, *images), None
+        if (inputs is None) == (text is None and not images) or len(images) > 1:
+            raise ValueError("expected records, or pipe(image=..., text=...): one of these forms, and not both")
+        if inputs is not None:
+            return inputs
+        given = {"image": next(iter(images), None), "text": text}
         given = {name: value for name, value in given.items() if value is not None}
         single = {is_one(value) for value in given.values()}
         if len(single) == 2:
