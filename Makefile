@@ -3,14 +3,29 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+COMMON := $(abspath $(VENV)/transformers)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-common lint bench clean
 
 demo: $(INSTALLED)  ## train on the embedded data set
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/train.py
 
 test: $(INSTALLED)  ## run the test suite, one process a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+test-common: $(COMMON)/tests/__init__.py  ## run transformers' own common tests on our classes
+	TRANSFORMERS_SOURCE=$(COMMON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/common \
+		tests/model/test_pretrained_mmclf.py --override-ini addopts= --numprocesses auto
+
+# The common tests are in the source archive of transformers only, which is that of the installed version.
+$(COMMON)/tests/__init__.py: $(INSTALLED)
+	$(BIN)/python -m pip install --editable '.[dev,common]'
+	rm -rf $(COMMON)
+	mkdir -p $(COMMON)
+	$(BIN)/python -m pip download --no-deps --no-binary :all: --dest $(COMMON) \
+		transformers==$$($(BIN)/python -c 'import transformers; print(transformers.__version__)')
+	tar --extract --gzip --strip-components 1 --directory $(COMMON) --file $(COMMON)/transformers-*.tar.gz
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

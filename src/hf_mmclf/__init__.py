@@ -6,7 +6,14 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+)
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .model.configuration_mmclf import MMClfConfig
@@ -77,7 +84,8 @@ __all__ = [
 ]
 
 AutoConfig.register(MMClfConfig.model_type, MMClfConfig)
-AutoModel.register(MMClfConfig, MMClfForImageTextClassification)
+for _auto_class in (AutoModel, AutoModelForImageClassification, AutoModelForSequenceClassification):
+    _auto_class.register(MMClfConfig, MMClfForImageTextClassification)
 AutoImageProcessor.register(MMClfConfig, image_processor_classes={"torchvision": MMClfImageProcessor})
 AutoProcessor.register(MMClfConfig, MMClfProcessor)
 PIPELINE_REGISTRY.register_pipeline(TASK, ImageTextClassificationPipeline, pt_model=AutoModel)
@@ -86,6 +94,7 @@ PIPELINE_REGISTRY.register_pipeline(TASK, ImageTextClassificationPipeline, pt_mo
 MMClfConfig.register_for_auto_class()
 MMClfForImageTextClassification.register_for_auto_class("AutoModel")
 MMClfImageProcessor.register_for_auto_class()
+MMClfProcessor.register_for_auto_class()
 
 
 class _MainProcessHandler(logging.Handler):

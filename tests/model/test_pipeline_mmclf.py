@@ -286,7 +286,7 @@ def test_a_bad_record_is_named_by_its_index(batch_size, pipe, records, tmp_path)
 
 
 def test_bad_calls(pipe, records):
-    for call in (lambda: pipe(), lambda: pipe(records, text="a dog")):
+    for call in (lambda: pipe(), lambda: pipe(records, image="a.jpg")):
         with pytest.raises(ValueError, match="one of these forms, and not both"):
             call()
     with pytest.raises(ValueError, match="columns of different lengths: {'image': 1, 'text': 2}"):
@@ -354,3 +354,18 @@ def test_value_feature_columns(pipe):
     table = Dataset.from_dict({"text": ["a dog", None]}, features=Features({"text": Value("string")}))
     with pytest.raises(ValueError, match="record 1 has neither"):
         pipe(text=table["text"])
+
+
+def test_two_positional_arguments_and_images(pipe, images):
+    expected = pipe(image=images[0], text=CAPTIONS[0], return_all_scores=True)
+    assert pipe(images[0], CAPTIONS[0], return_all_scores=True) == expected
+    assert pipe(images=images[0], text=CAPTIONS[0], return_all_scores=True) == expected
+    assert len(pipe(images[:2], CAPTIONS[:2])) == 2
+    with pytest.raises(ValueError, match="one of these forms, and not both"):
+        pipe(images[0], CAPTIONS[0], image=images[0])
+
+
+def test_columns_with_empty_cells_of_pandas(pipe, images):
+    texts = pd.Series([CAPTIONS[0], float("nan")])
+    expected = pipe(image=images[:2], text=[CAPTIONS[0], None], return_all_scores=True)
+    assert pipe(image=images[:2], text=texts, return_all_scores=True) == expected

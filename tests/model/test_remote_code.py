@@ -91,7 +91,7 @@ def saved(tmp_path_factory):
         finished = Predictor.load(write_folder(tmp_path_factory.mktemp(kind), kind, threshold=0.3))
         folders[kind] = tmp_path_factory.mktemp(f"saved-{kind}")
         save_model(finished.model, finished.processor, folders[kind])
-        expected[kind] = outputs(kind, folders[kind], rows)
+        expected[kind] = outputs(kind, folders[kind], rows, trust_remote_code=False)
     return folders, expected, rows
 
 
@@ -106,8 +106,11 @@ def outputs(kind, folder, rows, **trust):
     processor = AutoProcessor.from_pretrained(folder, **trust)
     with torch.no_grad():
         logits = model(**processor(images=rows.get("image"), text=rows.get("text"))).logits
+    task = {"image": "image-classification", "text": "text-classification"}.get(kind)  # of transformers
+    stock = pipeline(task, model=str(folder), **trust)(rows[kind][0], top_k=3) if task else []
     return {
         "logits": logits.tolist(),
+        "stock": [row["score"] for row in stock],
         "labels": pipe(folder, **trust)(**rows, batch_size=2),
         "thresholds": model.config.thresholds,
         "config": type(AutoConfig.from_pretrained(folder, **trust)).__name__,
@@ -150,6 +153,10 @@ def test_without_this_package_the_outputs_are_the_same(saved, run):
     for kind, result in json.loads(child.stdout.splitlines()[-1]).items():
         same = expected[kind]
         torch.testing.assert_close(torch.tensor(result["logits"]), torch.tensor(same["logits"]), rtol=0, atol=1e-5)
+        scores = (
+            torch.tensor(same["logits"])[0].sigmoid().sort(descending=True)[0] if kind != "both" else torch.empty(0)
+        )
+        torch.testing.assert_close(torch.tensor(result["stock"]), scores, rtol=0, atol=1e-5)
         assert any(len(labels) < 3 for labels in same["labels"])  # else thresholds could be lost
         names, wanted = ([[row["label"] for row in labels] for labels in of["labels"]] for of in (result, same))
         assert names == wanted

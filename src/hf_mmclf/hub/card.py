@@ -96,10 +96,11 @@ def _metadata(config: MMClfConfig, reports: Mapping[str, Any], training: Mapping
     tags = ["image-text-classification", "multi-label-classification", "hf_mmclf"]
     tags += ["timm"] if config.has_image else []
     tags += [training["preset"]] if "preset" in training else []
-    task = "image-classification" if config.has_image else "text-classification"  # tasks that the Hub knows
+    # The task of the results must be one that the Hub knows, also for image and text, of which it knows none.
+    task = "image-classification" if config.has_image else "text-classification"
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag=task,
+        pipeline_tag=config.one_modality_task,
         tags=tags,
         license=training.get("license", "unknown"),
         language="en" if config.has_text and training.get("data") == [EMBEDDED] else None,

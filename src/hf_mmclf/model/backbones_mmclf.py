@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import ModelOutput
 
 from .configuration_mmclf import MMClfConfig
 
@@ -262,7 +263,9 @@ def create_text_backbone(config: MMClfConfig) -> PreTrainedModel:
     return encoder(config.text_config)
 
 
-def text_tokens(backbone: PreTrainedModel, pooled: bool, attention_mask: torch.Tensor, **inputs) -> torch.Tensor:
+def text_tokens(
+    backbone: PreTrainedModel, pooled: bool, attention_mask: torch.Tensor, **inputs
+) -> tuple[torch.Tensor, ModelOutput]:
     """
     Compute text tokens: the last hidden states, or one pooled vector.
 
@@ -273,12 +276,12 @@ def text_tokens(backbone: PreTrainedModel, pooled: bool, attention_mask: torch.T
         inputs: The other inputs of the encoder.
 
     Returns:
-        `torch.Tensor` of shape `(batch, tokens, width)`.
+        `tuple[torch.Tensor, ModelOutput]`: The tokens, of shape `(batch, tokens, width)`, and all outputs.
     """
     # attention to no token divides by zero; the result for such a row is masked later
     attention_mask = torch.where(attention_mask.any(1, keepdim=True), attention_mask, 1)
     encoded = backbone(attention_mask=attention_mask, return_dict=True, **inputs)
-    return encoded.pooler_output.unsqueeze(1) if pooled else encoded.last_hidden_state
+    return encoded.pooler_output.unsqueeze(1) if pooled else encoded.last_hidden_state, encoded
 
 
 def longest_text(backbone: PreTrainedModel) -> int:

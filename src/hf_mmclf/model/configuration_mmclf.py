@@ -193,6 +193,13 @@ class MMClfConfig(PreTrainedConfig):
         return self.text_config is not None
 
     @property
+    def one_modality_task(self) -> str | None:
+        """`str`: The task of transformers and the Hub for which the model works; they have none for two modalities."""
+        if self.has_image and self.has_text:
+            return None
+        return "image-classification" if self.has_image else "text-classification"
+
+    @property
     def label_names(self) -> list[str]:
         """`list[str]`: The names of the labels in the order of the logits."""
         return [self.id2label[i] for i in range(self.num_labels)]

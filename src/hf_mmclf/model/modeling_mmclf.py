@@ -4,11 +4,13 @@ This file is pushed to the Hub as code: it imports only third-party packages and
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbones_mmclf import (
     create_image_backbone,
@@ -65,8 +67,8 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         widths, frozen = {}, []
         if config.has_image:
             self.image_model = create_image_backbone(config)
-            if next(self.image_model.parameters()).device.type != "meta":
-                self._initialized_by_timm = frozenset(map(id, self.image_model.modules()))
+            self._timm_modules = frozenset(map(id, self.image_model.modules()))
+            self._on_meta = next(self.image_model.parameters()).device.type == "meta"
             widths["image"] = image_width(self.image_model, token_kind(config))
             frozen += frozen_image_modules(self.image_model, config.unfrozen_image_stages)
         if config.has_text:
@@ -74,6 +76,7 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
             widths["text"] = config.text_config.hidden_size
             frozen += frozen_text_modules(self.text_model, config.unfrozen_text_layers)
         self._frozen = frozen
+        self.main_input_name = "pixel_values" if config.has_image else "input_ids"
 
         both = len(widths) == 2
         if both:
@@ -95,6 +98,7 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         self._settle_parameters()
         self.train(self.training)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -106,14 +110,16 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         labels: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         text_features: torch.Tensor | None = None,
-        return_dict: bool | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> SequenceClassifierOutput | tuple:
         r"""
         Compute the logits of a batch, and its loss if labels are given.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch, 3, height, width)`, *optional*):
-                Preprocessed images.
+                Preprocessed images, which are cast to the model's dtype.
             input_ids, attention_mask, token_type_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Tokenized texts.
             image_mask, text_mask (`torch.BoolTensor` of shape `(batch,)`, *optional*):
@@ -123,35 +129,57 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
                 Multi-hot targets, -1 if unknown. The loss is the mean binary cross-entropy of the known ones in fp32.
             image_features, text_features (`torch.FloatTensor` of shape `(batch, tokens, width)`, *optional*):
                 Frozen features, which replace `pixel_values` and `input_ids`. `attention_mask` is then their mask.
-            return_dict (`bool`, *optional*, defaults to `True`):
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, width)`, *optional*):
+                Embeddings of the tokens, which replace `input_ids`.
+            output_hidden_states, output_attentions (`bool`, *optional*):
+                Whether to return the hidden states and attentions of the text backbone. Default to those of `config`.
+            return_dict (`bool`, *optional*, defaults to `config.return_dict`):
                 Whether to return an output object instead of a tuple.
 
         Returns:
             `SequenceClassifierOutput` with `logits` of shape `(batch, num_labels)`; scores are their sigmoids.
 
         Raises:
-            `ValueError`: if no modality is given, or one that the model does not have.
+            `ValueError`: if no modality is given, or one that the model does not have, or if the hidden states of a
+            model without texts are asked for.
         """
         image_features, text_features = (x if x is None else x.to(self.dtype) for x in (image_features, text_features))
         pixels = pixel_values if image_features is None else image_features
-        tokens = input_ids if text_features is None else text_features
+        tokens = next((x for x in (text_features, inputs_embeds, input_ids) if x is not None), None)
+        outputs = self._outputs(output_hidden_states=output_hidden_states, output_attentions=output_attentions)
         self._check_inputs(pixels, tokens)
         if self.training and self.config.modality_dropout and pixels is not None and tokens is not None:
             image_mask, text_mask = self._drop_modalities(tokens, image_mask, text_mask)
-        image = text = None
+        image = text = encoded = None
         if pixels is not None:
             image = self.encode_image(pixel_values, image_mask, image_features)
         if tokens is not None:
-            text = self.encode_text(input_ids, attention_mask, token_type_ids, text_mask, text_features)
+            if attention_mask is None:
+                attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+            if text_features is None:
+                inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
+                text_features, encoded = self._run_text(attention_mask, **inputs, **outputs)
+            text = self.encode_text(attention_mask=attention_mask, text_mask=text_mask, features=text_features)
         logits = self.classify(image, text)
-        loss = None
-        if labels is not None:
-            known = labels >= 0
-            targets = labels.float().clamp(min=0)
-            losses = F.binary_cross_entropy_with_logits(logits.float(), targets, weight=known.float(), reduction="sum")
-            loss = losses / known.sum().clamp(min=1)
-        output = SequenceClassifierOutput(loss=loss, logits=logits)
-        return output.to_tuple() if return_dict is False else output
+        return SequenceClassifierOutput(
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
+            hidden_states=getattr(encoded, "hidden_states", None),
+            attentions=getattr(encoded, "attentions", None),
+        )
+
+    def _outputs(self, **asked: bool | None) -> dict[str, Any]:
+        """Return which outputs of the text backbone are wanted: those asked for, otherwise those of the config."""
+        asked = {name: getattr(self.config, name) or None if value is None else value for name, value in asked.items()}
+        if any(asked.values()) and not self.config.has_text:
+            raise ValueError(f"got {asked}, but only text backbones have hidden states and attentions to return")
+        return asked
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        known = labels >= 0
+        targets = labels.float().clamp(min=0)
+        losses = F.binary_cross_entropy_with_logits(logits.float(), targets, weight=known.float(), reduction="sum")
+        return losses / known.sum().clamp(min=1)
 
     def encode_image(
         self,
@@ -174,7 +202,7 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         if features is None:
             if image_mask is not None:  # zero times NaN is NaN: no gradient must see the pixels of missing images
                 pixel_values = torch.where(image_mask.bool()[:, None, None, None], pixel_values, 0)
-            features = self._encode_pixels(pixel_values)
+            features = self._encode_pixels(pixel_values.to(self.dtype))
         mask = features.new_ones(features.shape[:2], dtype=torch.bool)
         return features, mask if image_mask is None else mask & image_mask.bool()[:, None]
 
@@ -213,14 +241,16 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
             uses the pooler's vector has one token.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        pooled = is_pooled(self.config)
         if features is None:
-            extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-            features = text_tokens(self.text_model, pooled, mask, input_ids=input_ids, **extra)
+            features, _ = self._run_text(mask, input_ids=input_ids, token_type_ids=token_type_ids)
         mask = mask.bool()
-        if pooled:
+        if is_pooled(self.config):
             mask = mask.any(1, keepdim=True)
         return features, mask if text_mask is None else mask & text_mask.bool()[:, None]
+
+    def _run_text(self, attention_mask: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, ModelOutput]:
+        given = {name: value for name, value in inputs.items() if value is not None}
+        return text_tokens(self.text_model, is_pooled(self.config), attention_mask, **given)
 
     def classify(self, image: Tokens | None = None, text: Tokens | None = None) -> torch.Tensor:
         """

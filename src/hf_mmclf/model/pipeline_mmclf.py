@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, AutoProcessor
 
 from .configuration_mmclf import MMClfConfig
-from .processing_mmclf import is_missing_image, is_missing_text
+from .processing_mmclf import is_missing_image, is_missing_text, is_one
 
 __all__ = ["TASK", "ImageTextClassificationPipeline", "pipeline", "scores_of"]
 
@@ -77,13 +77,6 @@ def as_record(index: int, row: Any) -> dict[str, Any]:
     return {"index": index, "image": row.get("image"), "text": row.get("text")}
 
 
-def is_one(value: Any) -> bool:
-    """Return whether a value is one image or text, and not a column of them."""
-    if isinstance(value, np.ndarray | torch.Tensor):
-        return value.ndim < 4
-    return isinstance(value, str | bytes | bytearray | memoryview | Mapping) or not hasattr(value, "__len__")
-
-
 class ImageTextClassificationPipeline(transformers.Pipeline):
     r"""
     Predict labels from images, texts, or pairs of them.
@@ -123,16 +116,16 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
             self.model.limit_text(self.processor.tokenizer)
 
     def __call__(
-        self, inputs: Any = None, *, image: Any = None, text: Any = None, **kwargs
+        self, inputs: Any = None, text: Any = None, *, image: Any = None, images: Any = None, **kwargs
     ) -> list[dict[str, Any]] | list[list[dict[str, Any]]] | Iterator[list[dict[str, Any]]]:
         r"""
         Predict the labels of one row or of several.
 
         Args:
             inputs (`dict`, list of `dict`, generator of `dict` or `datasets.Dataset`, *optional*):
-                Rows with the keys `image` and `text`, or one of them.
+                Rows with the keys `image` and `text`, or one of them. With `text`, this is `image`.
             image, text (*optional*):
-                One image and one text, or a column of each, instead of `inputs`.
+                One image and one text, or a column of each, instead of rows. `images` is another name of `image`.
             threshold (`float`, `dict[str, float]` or `list[float]`, *optional*):
                 Thresholds that replace the model's own: one for all labels, by label name, or one for each label.
             top_k (`int`, *optional*):
@@ -152,10 +145,7 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
             `ValueError`: if a row has no image and no text, has other keys, or its image cannot be read. The message
             names the row by its index.
         """
-        if (inputs is None) == (image is None and text is None):
-            raise ValueError("expected records, or pipe(image=..., text=...): one of these forms, and not both")
-        if inputs is None:
-            inputs = self._as_inputs(image=image, text=text)
+        inputs = self._as_inputs(inputs, text, *(value for value in (image, images) if value is not None))
         if hasattr(inputs, "iloc"):  # a table of pandas
             inputs = Columns(**{str(name): inputs[name] for name in inputs.columns})
         if isinstance(inputs, Mapping):
@@ -167,8 +157,15 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         return list(super().__call__(Records(inputs), **kwargs)) if len(inputs) else []
 
     @staticmethod
-    def _as_inputs(**given: Any) -> dict[str, Any] | Columns:
-        """Return the keyword form of the call as one row or as columns."""
+    def _as_inputs(inputs: Any, text: Any, *images: Any) -> Any:
+        """Return the records of a call; of its other forms, one row or columns."""
+        if text is not None and inputs is not None:
+            images, inputs = (inputs, *images), None
+        if (inputs is None) == (text is None and not images) or len(images) > 1:
+            raise ValueError("expected records, or pipe(image=..., text=...): one of these forms, and not both")
+        if inputs is not None:
+            return inputs
+        given = {"image": next(iter(images), None), "text": text}
         given = {name: value for name, value in given.items() if value is not None}
         single = {is_one(value) for value in given.values()}
         if len(single) == 2:
@@ -220,10 +217,11 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
             `ValueError`: if the row has no image and no text, or one that cannot be read.
         """
         index, image, text = input_["index"], input_["image"], input_["text"]
+        text = None if is_missing_text(text) else text
         if text is not None and not isinstance(text, str):
             raise ValueError(f"record {index}: the text is {type(text).__name__}; expected a string")
         image = None if is_missing_image(image) else image
-        if image is None and is_missing_text(text):
+        if image is None and text is None:
             raise ValueError(f"record {index} has neither an image nor a text; expected at least one of them")
         parts = {"images": (image, self.processor.image_processor), "text": (text, self.processor.tokenizer)}
         # a missing modality is given too, if the model has it; the processor refuses one that it has not
@@ -252,8 +250,6 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
             if mask in inputs and not inputs[mask].any():  # no backbone runs for rows that all lack its input
                 for name in (mask, *names):
                     inputs.pop(name, None)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return {"logits": self.model(**inputs).logits, **present}
 
     def postprocess(

@@ -4,15 +4,31 @@ This file is pushed to the Hub as code: it imports only third-party packages and
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 
-from .backbones_mmclf import freeze, load_image_weights, load_text_weights, longest_text, pooling_modules, token_kind
+from .backbones_mmclf import (
+    create_image_backbone,
+    freeze,
+    load_image_weights,
+    load_text_weights,
+    longest_text,
+    pooling_modules,
+    token_kind,
+)
 from .configuration_mmclf import MMClfConfig
 from .fusion_mmclf import LabelClassifier, LabelQueries, MissingModality, PreScaledLayerNorm
+
+# The classes with which the pipelines of transformers for one modality load their models.
+PIPELINE_MODELS = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+}
+BATCH_NORMS = nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm
 
 
 class MMClfPreTrainedModel(PreTrainedModel):
@@ -27,19 +43,17 @@ class MMClfPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _frozen: list[nn.Module]  # set by the subclass
-    _initialized_by_timm: frozenset[int] = frozenset()  # ids of modules
+    _timm_modules: frozenset[int] = frozenset()  # ids of the image backbone's modules
+    _on_meta: bool = False  # whether the image backbone was created without values, as from_pretrained does
 
     def _init_weights(self, module: nn.Module):
-        if id(module) in self._initialized_by_timm:
-            return  # transformers would draw every convolution from N(0, 0.02)
-        if type(module).__module__.startswith("timm."):  # has own parameters that transformers does not know
-            for parameter in module.parameters(recurse=False):
-                init.normal_(parameter, std=0.02)
+        if id(module) in self._timm_modules:
+            if hasattr(module, "init_non_persistent_buffers"):
+                module.init_non_persistent_buffers()  # tables of positions, which no file holds
+            return
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
-        elif isinstance(module, nn.Conv2d):
-            init.kaiming_normal_(module.weight)
         elif isinstance(module, PreScaledLayerNorm):
             init.ones_(module.scale)
         elif isinstance(module, MissingModality) and module.vector is not None:
@@ -49,8 +63,17 @@ class MMClfPreTrainedModel(PreTrainedModel):
         elif isinstance(module, LabelClassifier):
             init.normal_(module.weight, std=self.config.width**-0.5)
             init.zeros_(module.bias)
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()  # timm's tables of positions, which no file holds
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        """Initialise what a checkpoint lacks; in the image backbone with the values of a new timm model."""
+        super().initialize_weights()
+        if self._on_meta:  # otherwise timm has initialised its model already
+            own = self.image_model.state_dict(keep_vars=True)
+            if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in own.values()):
+                new = create_image_backbone(self.config).state_dict()
+                for name, tensor in own.items():
+                    init.copy_(tensor, new[name])  # leaves loaded tensors as they are
 
     @classmethod
     def from_backbones(
@@ -79,11 +102,30 @@ class MMClfPreTrainedModel(PreTrainedModel):
             config.text_weights = load_text_weights(model.text_model, config.text_backbone, text_weights)
         return model
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Save the model, so that the pipeline of transformers for a model with one modality loads it too.
+
+        Args:
+            args, kwargs: Those of `PreTrainedModel.save_pretrained`.
+        """
+        if (task := self.config.one_modality_task) and self._auto_class is not None:
+            known = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = known | {PIPELINE_MODELS[task]: f"modeling_mmclf.{type(self).__name__}"}
+        super().save_pretrained(*args, **kwargs)
+
     def train(self, mode: bool = True) -> "MMClfPreTrainedModel":
-        """Set training or evaluation mode as `nn.Module.train` does, but keep frozen parts in evaluation mode."""
+        """
+        Set training or evaluation mode as `nn.Module.train` does, but keep frozen parts in evaluation mode.
+
+        So do BatchNorm layers whose parameters were frozen later, as peft does: an adapter has no statistics of them.
+        """
         super().train(mode)
         for module in self._frozen:
             module.training = False  # not module.eval(): a container may have children that train
+        for module in self.modules():
+            if isinstance(module, BATCH_NORMS) and module.affine and not module.weight.requires_grad:
+                module.training = False
         if not mode:
             self._settle_parameters()  # from_pretrained replaces parameters and calls eval() at its end
         return self
@@ -127,6 +169,24 @@ class MMClfPreTrainedModel(PreTrainedModel):
         if self.config.has_image and self.gradient_checkpointing:
             self.image_model.set_grad_checkpointing(False)
         super().activation_checkpointing_disable()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return the embeddings of the text backbone, which resizing, NEFTune and adapters need, if there is one."""
+        return self.text_model.get_input_embeddings() if self.config.has_text else None
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """
+        Replace the embeddings of the text backbone.
+
+        Args:
+            value (`nn.Module`): The new embeddings.
+
+        Raises:
+            `NotImplementedError`: if there is no text backbone.
+        """
+        if not self.config.has_text:
+            raise NotImplementedError("this model has no text backbone, and so no embeddings of tokens to replace")
+        self.text_model.set_input_embeddings(value)
 
     @property
     def max_tokens(self) -> int:

@@ -36,7 +36,8 @@ class MMClfTrainer(Trainer):
             Makes batches of training rows. Defaults to `data_collator`.
 
     Raises:
-        `ValueError`: If `backbone_learning_rate` is set, but the optimizer was given or has no groups of parameters.
+        `ValueError`: If `backbone_learning_rate` is set, but the optimizer was given or has no groups of parameters;
+            if `neftune_noise_alpha` is set, but the model has no text backbone.
     """
 
     args: MMClfTrainingArguments
@@ -58,6 +59,8 @@ class MMClfTrainer(Trainer):
         self.add_callback(EvaluationLines)
         if self.optimizer is not None and self.args.backbone_learning_rate is not None:
             raise ValueError("the optimizer is given, so backbone_learning_rate would be ignored; set it to None")
+        if self.args.neftune_noise_alpha is not None and self.model.get_input_embeddings() is None:
+            raise ValueError("neftune_noise_alpha is set, but the model has no text backbone to add noise to")
         self.criterion = (MultiLabelLoss() if criterion is None else criterion).to(self.args.device)
         self.train_data_collator = train_data_collator
 
