@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_mmclf import MMClfConfig
 
@@ -340,6 +340,8 @@ def load_text_weights(backbone: PreTrainedModel, name: str | None, weights: str 
     if weights != "hub" and not Path(weights).is_dir():
         raise FileNotFoundError(f"text weights {weights!r}: no such folder; give one, or 'hub', or None")
     # A configuration on the Hub may be older than its model class (TinyBERT's has no model_type), so use our own.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the other tower of CLIP would be listed tensor by tensor
     try:
         donor, info = type(backbone).from_pretrained(source, config=backbone.config, output_loading_info=True)
     except pickle.UnpicklingError as error:  # raised by torch's weights-only loader
@@ -347,6 +349,8 @@ def load_text_weights(backbone: PreTrainedModel, name: str | None, weights: str 
             f"text weights {source!r}: its file is not a pickle of tensors alone, and reading anything else could run "
             "any code; name a checkpoint in safetensors"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     wanted = backbone.state_dict()
     missing = sorted(set(info["missing_keys"]) & set(wanted))
     if missing:

@@ -137,12 +137,15 @@ class MMClfConfig(PreTrainedConfig):
             kwargs: Fields that win over it. Labels other than those of the dictionary drop its thresholds and label
                 ids, which belong to its own labels.
         """
-        saved, given = config_dict.get("id2label"), kwargs.get("id2label")
+        saved, count = config_dict.get("id2label") or {}, kwargs.get("num_labels")
+        given = kwargs.get("id2label") or (count and count != len(saved) and {i: f"LABEL_{i}" for i in range(count)})
         if saved and given and {int(i): name for i, name in given.items()} != {int(i): n for i, n in saved.items()}:
             logger.warning("Other labels than those of the saved model: its thresholds and label ids are left out.")
             config_dict = {name: value for name, value in config_dict.items() if name not in OF_LABELS}
-            config_dict |= {"id2label": given, "label_ids": list(kwargs.pop("id2label").values())}
-            kwargs.pop("label2id", None)  # which is derived
+            config_dict |= {"id2label": given, "label_ids": list(given.values())}
+            kwargs = {
+                name: value for name, value in kwargs.items() if name not in ("id2label", "label2id", "num_labels")
+            }
         return super().from_dict(config_dict, **kwargs)
 
     def validate_numbers(self):

@@ -14,6 +14,7 @@ from transformers import initialization as init
 from .backbones_mmclf import (
     create_image_backbone,
     freeze,
+    is_pooled,
     load_image_weights,
     load_text_weights,
     longest_text,
@@ -133,6 +134,8 @@ class MMClfPreTrainedModel(PreTrainedModel):
     def _settle_parameters(self) -> None:
         """Freeze parameters, and give those of convolutions the memory layout in which they are fastest."""
         freeze(self._frozen)
+        if self.config.has_text and not is_pooled(self.config) and hasattr(self.text_model, "head"):
+            self.text_model.head.requires_grad_(False)  # SigLIP's pooler
         if self.config.has_image:
             self.image_model.to(memory_format=torch.channels_last)
             if token_kind(self.config) != "pooled":

@@ -128,9 +128,11 @@ def _check_reachable(args: ModelArguments, config: MMClfConfig) -> None:
     weights = args.backbone_weights()
     if config.has_image and weights["image"] == "hub":
         check_reachable(config.image_backbone)
-    tokenizer = args.tokenizer or ("train" if args.from_scratch else config.text_backbone)
-    if config.has_text and (weights["text"] == "hub" or tokenizer not in ("train", args.text_backbone)):
-        check_reachable(config.text_backbone if weights["text"] == "hub" else tokenizer)
+    if config.has_text:
+        own = args.text_backbone or config.text_backbone
+        tokenizer = args.tokenizer or ("train" if weights["text"] is None else own)
+        for name in {own if weights["text"] == "hub" else "train", tokenizer} - {"train"}:
+            check_reachable(name)
 
 
 def _report_rows(prepared: PreparedData, bad_images: str) -> None:
