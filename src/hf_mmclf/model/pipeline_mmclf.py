@@ -330,10 +330,11 @@ def load_model(source: str | os.PathLike, trust_remote_code: bool = False, **opt
     except Exception as error:  # each format has errors of its own
         raise ValueError(f"{source}: cannot be loaded: {' '.join(str(error).split())}") from error
     tokenizer, image_processor, config = processor.tokenizer, processor.image_processor, model.config
-    if config.has_image and image_processor is None:
-        raise ValueError(f"{source}: no preprocessor_config.json; copy or download the folder again")
+    if config.has_image and (
+        image_processor is None or "size" not in type(image_processor).get_image_processor_dict(source, **hub)[0]
+    ):  # transformers takes defaults for what is not there
+        raise ValueError(f"{source}: no settings in preprocessor_config.json; copy or download the folder again")
     if config.has_text and (tokenizer is None or set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)):
-        # transformers makes a tokenizer of special tokens up
         raise ValueError(f"{source}: no tokenizer.json or tokenizer_config.json; copy or download the folder again")
     for kind, names in (("missing", info["missing_keys"]), ("not of this model", info["unexpected_keys"])):
         if names:
