@@ -97,5 +97,5 @@ def test_a_model_argument_that_is_none(table, tmp_path):
 @pytest.mark.parametrize("flags", [["--streaming", "--max_steps", "2"], ["--cache_features"]])
 def test_what_holds_for_one_run_only_is_refused(flags, table, tmp_path):
     arguments = parse_arguments([*table_flags(table), "--output_dir", str(tmp_path), *flags])
-    with pytest.raises(ValueError, match="leave out streaming and cache_features"):
+    with pytest.raises(ValueError, match="leave out streaming, cache_features, init_from"):
         build_trainer(*arguments)

@@ -62,12 +62,26 @@ def read_source(source: Source) -> DatasetDict:
         splits = {"train": read_table(path)}
     elif path.is_dir():
         splits = _read_folder(path)
-    elif table_suffix(path) in TABLE_SUFFIXES or path.is_absolute() or str(source).startswith("."):
-        raise ValueError(f"{str(source)!r}: no such file or folder")
     else:
-        check_reachable(str(source))
+        check_source(source)
         splits = _as_splits(load_dataset(str(source)), str(source))
     return DatasetDict(splits)
+
+
+def check_source(source: Source | None) -> None:
+    """
+    Check that a source is there, without reading it.
+
+    Raises:
+        `ValueError`: If it names a file or a folder that does not exist.
+        `ConnectionError`: If it is a data set on the Hub, and the Hub cannot be reached.
+    """
+    if not isinstance(source, str | Path) or Path(source).exists():
+        return
+    path = Path(source)
+    if table_suffix(path) in TABLE_SUFFIXES or path.is_absolute() or str(source).startswith("."):
+        raise ValueError(f"{str(source)!r}: no such file or folder")
+    check_reachable(str(source))
 
 
 def source_name(source: Source) -> str:

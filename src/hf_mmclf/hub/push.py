@@ -11,7 +11,6 @@ import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
-from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ..inference.folders import atomic_folder, save_model
@@ -138,10 +137,7 @@ def push_to_hub(
 
 def _published_files(folder: Path) -> list[str]:
     """List the files to send, by their paths in the folder, and log the others. Raises if the folder is not fit."""
-    try:
-        Predictor.load(folder)
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: the weights cannot be read ({error}); was a copy interrupted?") from error
+    Predictor.load(folder)
     entries = {entry.relative_to(folder).as_posix(): entry for part in ("*", "onnx/*") for entry in folder.glob(part)}
     files = sorted(path for path in filter_repo_objects(entries, allow_patterns=PUBLISHED) if entries[path].is_file())
     lacks = [path for path in ("README.md", *_code_of(folder, files)) if path not in files]

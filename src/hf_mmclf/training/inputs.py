@@ -14,6 +14,7 @@ from ..data.collator import Preprocessing
 from ..data.prepare import DataArguments, PreparedData, prepare_data, presence
 from ..data.reachability import check_reachable
 from ..data.streaming import Stream, open_stream
+from ..data.tables import check_source
 from ..data.tokenizer import load_tokenizer
 from ..evaluation.report import FIGURES
 from ..evaluation.thresholds import check_objective
@@ -94,8 +95,7 @@ def prepare_inputs(
     """
     finished = FinishedModel.load(model_args) if model_args.init_from else None
     config = finished.config(model_args) if finished else build_config(model_args)
-    if not finished:
-        _check_reachable(model_args, config)
+    _check_starts(model_args, data_args, config)
     stream = None
     if data_args.streaming:
         args.accelerator_config.dispatch_batches = False  # each process decodes its own images
@@ -123,16 +123,27 @@ def prepare_inputs(
     return TrainingInputs(prepared, train_rows, stream, model, preprocessing, source, missing)
 
 
-def _check_reachable(args: ModelArguments, config: MMClfConfig) -> None:
-    """Check that the Hub can be reached if weights or the tokenizer come from there."""
-    weights = args.backbone_weights()
-    if config.has_image and weights["image"] == "hub":
-        check_reachable(config.image_backbone)
+def _check_starts(args: ModelArguments, data_args: DataArguments, config: MMClfConfig) -> None:
+    """Check that rows are there, that tokenizer and text weights fit, and that the Hub can be reached if needed."""
+    for given in (data_args.data, data_args.validation_data, data_args.test_data):
+        check_source(given)
+    if args.init_from:
+        return
+    weights, needed = args.backbone_weights(), []
     if config.has_text:
         own = args.text_backbone or config.text_backbone
         tokenizer = args.tokenizer or ("train" if weights["text"] is None else own)
-        for name in {own if weights["text"] == "hub" else "train", tokenizer} - {"train"}:
-            check_reachable(name)
+        if tokenizer == "train" and weights["text"] is not None:
+            raise ValueError(
+                "--tokenizer train gives every word piece a new id, which pretrained text weights do not know; add "
+                "--from_scratch, or leave --tokenizer out to use the backbone's own"
+            )
+        needed += [own] if weights["text"] == "hub" else []
+        needed += [tokenizer] if tokenizer != "train" else []
+    if config.has_image and weights["image"] == "hub":
+        needed.append(config.image_backbone)
+    for name in dict.fromkeys(needed):
+        check_reachable(name)
 
 
 def _report_rows(prepared: PreparedData, bad_images: str) -> None:
@@ -204,17 +215,12 @@ def build_tokenizer(
         `tuple`: The tokenizer and a description of its source, or twice `None` for a model without texts.
 
     Raises:
-        `ValueError`: If a trained tokenizer does not fit pretrained text weights.
+        `ValueError`: If the tokenizer knows no words.
         `OSError`: If the tokenizer cannot be loaded.
     """
     if not config.has_text:
         return None, None
     pretrained = args.backbone_weights()["text"] is not None
-    if args.tokenizer == "train" and pretrained:
-        raise ValueError(
-            "--tokenizer train gives every word piece a new id, which pretrained text weights do not know; add "
-            "--from_scratch, or leave --tokenizer out to use the backbone's own"
-        )
     source = args.tokenizer or (args.text_backbone or config.text_backbone if pretrained else "train")
     # The configuration names the class of the backbone's own tokenizer, which old repositories do not.
     own = config.text_config if source in (args.text_backbone, config.text_backbone) else None
