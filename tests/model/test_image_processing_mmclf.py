@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedConfig
 
 from hf_mmclf.model import image_processing_mmclf
-from hf_mmclf.model.image_processing_mmclf import MMClfImageProcessor, read_image, to_rgb
+from hf_mmclf.model.image_processing_mmclf import MMClfImageProcessor, download, read_image, to_rgb
 
 ORIENTATION = 0x0112
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -370,3 +370,56 @@ def test_loading_through_the_auto_class(processor, tmp_path):
     loaded = AutoImageProcessor.from_pretrained(tmp_path)
     assert type(loaded) is MMClfImageProcessor
     assert_same(loaded, processor)
+
+
+class Pages(http.server.BaseHTTPRequestHandler):
+    """A page of 100 bytes, and pages that redirect to it or to another scheme."""
+
+    def do_GET(self):
+        host = f"http://127.0.0.1:{self.server.server_port}"
+        targets = {"/away": f"{host}/page", "/file": "file:///etc/hostname", "/local": "http://localhost/page"}
+        target = targets.get(self.path)
+        self.send_response(302 if target else 200)
+        if target:
+            self.send_header("Location", target)
+        self.end_headers()
+        self.wfile.write(b"x" * 100)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_url_is_read_up_to_a_limit(address, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert download(f"{address}/page", 100) == b"x" * 100
+    with pytest.raises(ValueError, match="more than 9.9e-05 MB"):
+        download(f"{address}/page", 99)
+
+
+@pytest.mark.parametrize("page, host", [("away", "127.0.0.1"), ("local", "localhost")])
+def test_no_redirect_to_a_private_address(address, monkeypatch, page, host):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(ValueError, match=f"it redirects to '{host}', which is a private address"):
+        download(f"{address}/{page}")
+
+
+def test_no_redirect_to_a_file(address, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(OSError, match="Redirection"):
+        download(f"{address}/file")
+
+
+def test_urls_can_be_forbidden(tmp_path):
+    processor = MMClfImageProcessor(size=8, allow_urls=False)
+    processor.save_pretrained(tmp_path)
+    for given in (processor, MMClfImageProcessor.from_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match="URLs are not allowed here; give a file or its bytes"):
+            given("http://127.0.0.1/a.png")

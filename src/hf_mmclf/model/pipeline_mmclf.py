@@ -343,7 +343,9 @@ def load_model(source: str | os.PathLike, trust_remote_code: bool = False, **opt
     return model, processor
 
 
-def pipeline(model: Any, trust_remote_code: bool = False, **options: Any) -> ImageTextClassificationPipeline:
+def pipeline(
+    model: Any, trust_remote_code: bool = False, allow_urls: bool = True, **options: Any
+) -> ImageTextClassificationPipeline:
     r"""
     Create the pipeline of a model.
 
@@ -352,6 +354,8 @@ def pipeline(model: Any, trust_remote_code: bool = False, **options: Any) -> Ima
             A folder, a name on the Hub, or a model (then with `processor=`).
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code of the folder may run. This package has the code of its own models.
+        allow_urls (`bool`, *optional*, defaults to `True`):
+            Whether an image may be a URL. An endpoint that strangers call should refuse URLs.
         options:
             The other arguments of `transformers.pipeline`, and those of [`ImageTextClassificationPipeline`]'s call.
 
@@ -363,4 +367,7 @@ def pipeline(model: Any, trust_remote_code: bool = False, **options: Any) -> Ima
         given |= options.pop("model_kwargs", None) or {}
         model, processor = load_model(model, trust_remote_code, **given)
         options.setdefault("processor", processor)
-    return transformers.pipeline(TASK, model=model, pipeline_class=ImageTextClassificationPipeline, **options)
+    pipe = transformers.pipeline(TASK, model=model, pipeline_class=ImageTextClassificationPipeline, **options)
+    if not allow_urls and pipe.processor.image_processor is not None:
+        pipe.processor.image_processor.allow_urls = False
+    return pipe
