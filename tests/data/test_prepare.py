@@ -2,9 +2,11 @@ import io
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict, Image, List, Value
 from PIL import Image as PILImage
@@ -441,3 +443,60 @@ def test_rows_of_one_image_stay_together(tmp_path, form):
 def test_rows_without_an_image_are_no_group(tmp_path):
     prepared = prepare_text(text_rows(tmp_path / "t.csv"))
     assert prepared.splits.num_rows == {"train": 16, "validation": 2, "test": 2}
+
+
+# What was found
+
+
+def test_what_was_found_is_said_once(tmp_path, notices):
+    (tmp_path / "t.csv").write_text("caption;tags\n" + "a dog;dog|pet\na Dog;Dog\n" * 10)
+    prepare_text(tmp_path / "t.csv", label_column="tags")
+    separator, columns, spellings = notices()
+    assert separator == "t.csv: the columns are separated by semicolons"
+    assert columns == "Columns: text 'caption', labels 'tags' (separated by '|')"
+    assert "rows: these look like spellings of one label: 'dog' (t.csv:2, 10 in all), 'Dog'" in spellings
+
+
+@pytest.mark.parametrize("part, other", [("image", "text"), ("text", "image")])
+def test_a_needed_column_must_be_there_or_be_none(tmp_path, part, other):
+    save_images(tmp_path)
+    rows = records(convert=" ".join)
+    Dataset.from_list(rows).remove_columns(part).to_csv(tmp_path / "t.csv")
+    args = DataArguments(data=str(tmp_path / "t.csv"))
+    message = f"no {part} column among '{other}', 'labels'; name it by --{part}_column, or give --{part}_column none"
+    with pytest.raises(ValueError, match=message):
+        prepare_data(args)
+    args = DataArguments(data=str(tmp_path / "t.csv"), **{f"{part}_column": "none"})
+    assert set(prepare_data(args).splits["train"][part]) == {None}
+
+
+def test_tables_in_memory_are_prepared_like_files(tmp_path, monkeypatch):
+    save_images(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    expected = everything(prepare_data(DataArguments(data=competition(tmp_path / "t.csv"))))
+    rows = {"ImageID": NAMES, "Labels": TAGS, "Caption": TEXTS}
+    for data in (pd.DataFrame(rows), Dataset.from_dict(rows)):
+        assert everything(prepare_data(DataArguments(data=data))) == expected
+
+
+def test_names_of_images_that_are_nearly_right(tmp_path):
+    save_images(tmp_path)
+    for name in (" 3.png", "data\\3.png"):
+        data = competition(tmp_path / "t.csv", [f'"{name}"', *NAMES[1:]])
+        with pytest.raises(FileNotFoundError, match=f"t.csv:2: {re.escape(repr(name))}, but '3.png' is"):
+            prepare_data(DataArguments(data=data))
+
+
+def test_images_by_url_are_refused_with_that_word(tmp_path):
+    save_images(tmp_path)
+    data = competition(tmp_path / "t.csv", ["https://x.org/1.png", *NAMES[1:]])
+    with pytest.raises(ValueError, match="t.csv:2: the image 'https://x.org/1.png' is a URL, and a table names files"):
+        prepare_data(DataArguments(data=data))
+
+
+def test_too_few_rows_name_the_flags(tmp_path):
+    data = text_rows(tmp_path / "t.csv", rows=[(f"row {row}", f"label{row}") for row in range(8)])
+    with pytest.raises(ValueError, match="the validation split is empty: 8 rows, .* too few for .*0.1") as error:
+        prepare_text(data)
+    assert "--validation_data and --test_data" in str(error.value) and "--validation_fraction" in str(error.value)
+    assert len(prepare_text(data, validation_data=data, test_data=data).splits["train"]) == 8

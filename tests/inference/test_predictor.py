@@ -10,6 +10,7 @@ from support.tiny_folder import CAPTIONS, LABELS, NAMES, write_folder, write_tab
 from transformers import BertConfig
 
 from hf_mmclf import DataArguments, Predictor
+from hf_mmclf.data.splits import row_digests
 from hf_mmclf.evaluation.report import report
 from hf_mmclf.inference.folders import atomic_folder, save_model
 
@@ -218,3 +219,47 @@ class TestChooseSplit:
         for options in ({}, dict(held_out=True), dict(name=expected)):
             assert choose(tmp_path, self.SPLIT, **options) == (expected, everything)
         assert choose(tmp_path, self.SPLIT, name="train") == ("train", everything)
+
+
+@pytest.fixture
+def recorded(folders, tmp_path):
+    """A model whose training knew ten texts: six train, two validation and two test rows."""
+    folder = shutil.copytree(folders["text"], tmp_path / "m")
+    (tmp_path / "t.csv").write_text("text,labels\n" + "".join(f"{n} dogs,3\n" for n in range(10)))
+    rows = Predictor.load(folder).prepare(DataArguments(data=str(tmp_path / "t.csv"))).splits["train"]
+    splits = ["train"] * 6 + ["validation"] * 2 + ["test"] * 2
+    lines = zip(splits, rows["where"][:], row_digests(rows, tmp_path, uses_image=False), strict=True)
+    (folder / "splits.csv").write_text("split,row,digest\n" + "".join(f"{','.join(line)}\n" for line in lines))
+    return Predictor.load(folder)
+
+
+def choose(predictor, folder, numbers, name=None, held_out=True):
+    (folder / "n.csv").write_text("text,labels\n" + "".join(f"{n} dogs,3\n" for n in numbers))
+    prepared = predictor.prepare(DataArguments(data=str(folder / "n.csv")))
+    return predictor.choose_split(prepared, name, held_out)
+
+
+def test_rows_of_training_are_recognised_in_any_order(recorded, tmp_path, notices):
+    name, rows = choose(recorded, tmp_path, [9, 3, 8, 0, 1, 2, 4, 5, 6, 7])
+    assert name == "test" and rows["text"][:] == ["9 dogs", "8 dogs"]
+    assert "2 of 10 rows: the test rows of training" in notices()
+    assert choose(recorded, tmp_path, [9, 7, 8, 6], "validation")[1]["text"][:] == ["7 dogs", "6 dogs"]
+
+
+def test_a_table_of_which_some_rows_are_known_is_taken_whole(recorded, tmp_path, notices):
+    name, rows = choose(recorded, tmp_path, [0, 1, 8, 77])
+    assert name == "train" and len(rows) == 4
+    assert "All 4 rows, of which training knows some: 2 train, 1 test rows of training" in notices()
+    with pytest.raises(ValueError, match="--split test: 2 train, 1 test rows of training are among these 4 rows"):
+        choose(recorded, tmp_path, [0, 1, 8, 77], "test")
+
+
+def test_other_rows_under_the_same_names_are_not_recognised(recorded, tmp_path, notices):
+    name, rows = choose(recorded, tmp_path, range(50, 60))
+    assert name == "train" and len(rows) == 10 and not any("of training" in line for line in notices())
+
+
+def test_a_folder_without_digests_says_how_it_recognises_rows(recorded, tmp_path, notices):
+    (recorded.folder / "splits.csv").write_text("split,row\ntest,n.csv:2\ntrain,n.csv:3\n")
+    assert choose(recorded, tmp_path, [5, 6])[1]["text"][:] == ["5 dogs"]
+    assert any("recognised by file name and line" in line for line in notices())

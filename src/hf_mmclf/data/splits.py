@@ -104,12 +104,10 @@ def split_rows(
     parts = stratified_split(labels > 0, [1 - sum(shares.values()), *shares.values()], seed, groups)
     found = dict(zip(["train", *shares], parts, strict=True))
     if empty := [name for name, rows in found.items() if len(rows) == 0 and shares.get(name, 1) > 0]:
-        enough = round(1.5 / len(set(groups)) + 0.005, 2)  # more than one row
-        flags = "".join(f" --{name}_fraction {max(enough, share):g}" for name, share in shares.items() if share > 0)
-        places = " and ".join(f"--{name}_data" for name in shares)
+        flags = [" and ".join(f"--{name}_{kind}" for name in shares) for kind in ("data", "fraction")]
         raise ValueError(
             f"the {empty[0]} split is empty: {len(train)} rows, {len(set(groups))} if rows of one image count once, "
-            f"are too few for these shares; give{flags}, or rows by {places}"
+            f"are too few for {shares}; give its rows by {flags[0]}, or larger shares by {flags[1]}"
         )
     drawn = {name: train.select(rows) for name, rows in found.items() if len(rows)}
     return {**splits, **drawn}, f"{', '.join(shares)} by iterative stratification of the training rows, seed {seed}"
