@@ -132,6 +132,10 @@ def _predict(argv: Sequence[str]) -> None:
         predictions.check_output(own.output, predictions.PREDICTION_SUFFIXES, own.overwrite, inputs, [own.folder])
     source = predictions.rows_of(own.images, own.texts, data.image_dir or ".") if given else None
     predictor = Predictor.load(own.folder)
+    config = predictor.model.config
+    for flag, values, is_used in (("images", own.images, config.has_image), ("texts", own.texts, config.has_text)):
+        if values and not is_used:
+            raise ValueError(f"--{flag} is given, but the model has no {flag[:-1]} backbone; leave it out")
     name, rows, folder = _rows(predictor, data, options.split, source, labelled=False)
     scores = predictor.scores(rows, folder, options.batch_size)
     if _is_main_process():

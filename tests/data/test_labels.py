@@ -77,6 +77,9 @@ def test_a_given_delimiter_is_the_only_one(values, delimiter, labels):
         ("['cat'\n 'dog']", ["cat", "dog"]),
         ("array(['cat', 'dog'], dtype=object)", ["cat", "dog"]),
         ("{'cat'}", ["cat"]),
+        ("[np.str_('cat'), np.str_('dog')]", ["cat", "dog"]),
+        ("tensor([3, 10])", ["3", "10"]),
+        ("{cat, guinea pig}", ["cat", "guinea pig"]),
         ("frozenset({'cat'})", ["cat"]),
         ("('cat',)", ["cat"]),
         ("['it\\'s', \"x|y\", 'a, b']", ["it's", "x|y", "a, b"]),
@@ -106,6 +109,7 @@ MULTI_HOT = {
     "text": ["[1, 0, 0]", "[0 1 1]", "", "[-1, 0, 1]"],
     "lists": [[1, 0, 0], [0, 1, 1], None, [-1, 0, 1]],
     "blanks": ["1 0 0", "0 1 1", "", "-1 0 1"],
+    "bools": ["[True, False, False]", "[False, True, True]", "", "[-1, 0, 1]"],
     "floats": [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [], [-1.0, 0.0, 1.0]],
 }
 
@@ -118,6 +122,13 @@ def test_multi_hot_lists_need_names(values):
     assert parsed.rows == [["cat"], ["dog", "bird"], [], ["bird"]] and parsed.unknown == {3: ["cat"]}
     with pytest.raises(ValueError, match="t.csv:2: .* expected a multi-hot list of 2 entries"):
         parse_label_column(table(values), "labels", positions=["cat", "dog"])
+
+
+def test_a_known_label_with_a_blank_is_one_label():
+    values = ["traffic light", "dog"]
+    assert parse_label_column(table(values), "labels").rows == [["traffic", "light"], ["dog"]]
+    known = ("traffic light", "dog")
+    assert parse_label_column(table(values), "labels", known=known).rows == [["traffic light"], ["dog"]]
 
 
 def test_pairs_of_0_and_1_are_indices_unless_their_order_changes():

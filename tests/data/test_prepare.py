@@ -449,7 +449,8 @@ def test_rows_without_an_image_are_no_group(tmp_path):
 
 
 def test_what_was_found_is_said_once(tmp_path, notices):
-    (tmp_path / "t.csv").write_text("caption;tags\n" + "a dog;dog|pet\na Dog;Dog\n" * 10)
+    rows = [f"dog {n};dog|pet\nDog {n};Dog\n" for n in range(10)]
+    (tmp_path / "t.csv").write_text("caption;tags\n" + "".join(rows))
     prepare_text(tmp_path / "t.csv", label_column="tags")
     separator, columns, spellings = notices()
     assert separator == "t.csv: the columns are separated by semicolons"
@@ -500,3 +501,16 @@ def test_too_few_rows_name_the_flags(tmp_path):
         prepare_text(data)
     assert "--validation_data and --test_data" in str(error.value) and "--validation_fraction" in str(error.value)
     assert len(prepare_text(data, validation_data=data, test_data=data).splits["train"]) == 8
+
+
+def test_rows_that_are_in_two_splits_are_counted(tmp_path, notices):
+    rows = [(f"a dog {n % 15}", "dog") for n in range(60)]
+    prepare_text(text_rows(tmp_path / "t.csv", rows=rows))
+    assert any(re.match(r"\d of \d test rows are training rows too", line) for line in notices())
+
+
+def test_the_column_of_the_training_rows_is_that_of_all_splits(tmp_path):
+    train = text_rows(tmp_path / "t.csv", text="sentence")
+    (tmp_path / "v.csv").write_text("text,sentence,labels\n12345,a dog,dog\n")
+    prepared = prepare_text(train, validation_data=str(tmp_path / "v.csv"))
+    assert prepared.splits["validation"]["text"][:] == ["a dog"]

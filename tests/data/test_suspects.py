@@ -16,6 +16,7 @@ def warnings_of(*rows):
         (["cat", "Cat dog", "cat"], "spellings of one label: 'cat' (t.csv:2, 2 in all), 'Cat' (t.csv:3, 1 in all)"),
         (["fire_hydrant", "firehydrant"], "'fire_hydrant' (t.csv:2, 1 in all), 'firehydrant' (t.csv:3, 1 in all)"),
         (["a#b#c", "a#b", "c#a", "b"], "3 of 4 labels contain '#', such as 'a#b#c' (t.csv:2, 1 in all)"),
+        (["['cat',", "dog"], "these look like pieces of lists: \"['cat',\" (t.csv:2, 1 in all); write them as JSON"),
         (["a/b", "b/a", "a", "b"], "if it separates labels, give --label_delimiter '/'"),
     ],
 )

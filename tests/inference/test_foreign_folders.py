@@ -119,6 +119,10 @@ def test_outputs_replace_neither_inputs_nor_files_of_the_model(folder):
         (folder / name).touch()
         message = error_of("evaluate", "m", "--data", "train.csv", "--output", f"m/{name}", "--overwrite")
         assert f"m/{name} is a file of the model" in message
+    (folder.parent / "rows").mkdir()
+    shutil.copy("train.csv", "rows/test.csv")
+    given = ["predict", "m", "--data", "rows", "--output", "rows/test.csv", "--overwrite"]
+    assert "rows/test.csv is the input" in error_of(*given)
     shutil.copy("train.csv", "old.csv")
     assert "old.csv exists already; give another --output, or --overwrite" in error_of(
         "predict", "m", "--data", "train.csv", "--output", "old.csv"

@@ -85,8 +85,10 @@ def image_groups(data: Dataset) -> list[Any]:
     def digest(row: int) -> bytes:
         return hashlib.blake2b(data[row]["image"]["bytes"], digest_size=16).digest()
 
-    paths = enumerate(image_paths(data))
-    return [digest(row) if path is True else row if path is None else path for row, path in paths]
+    return [
+        digest(row) if path is True else row if path is None else os.path.normpath(path)
+        for row, path in enumerate(image_paths(data))
+    ]
 
 
 def check_paths(data: Dataset, folder: Path) -> None:

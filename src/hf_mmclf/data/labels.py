@@ -7,7 +7,7 @@ import io
 import json
 import re
 import tokenize
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,11 @@ from datasets import ClassLabel, Dataset
 # What a cell of an indicator column says; `None` is an unknown label.
 INDICATORS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False, "-1": None, "-1.0": None}
 
-MULTI_HOT = {"0", "1", "-1"}
 # A list that is written as text. Python writes an empty set as "set()".
 LISTED = re.compile(
-    r"\s*(?:(?:frozenset|set|(?:np\.)?array)\((.*?)(?:,\s*dtype=\S+)?\)|(\[.*\]|\(.*\)|\{.*\}))\s*", re.DOTALL
+    r"\s*(?:(?:frozenset|set|list|tuple|dict_keys|tensor|Index|(?:np\.)?array)\((.*?)(?:,\s*dtype=\S+)?\)"
+    r"|(\[.*\]|\(.*\)|\{.*\}))\s*",
+    re.DOTALL,
 )
 
 
@@ -46,6 +47,7 @@ def parse_label_column(
     delimiter: str | None = None,
     empty_is_unknown: bool = False,
     positions: Sequence[str] | None = None,
+    known: Collection[str] = (),
 ) -> ParsedLabels:
     r"""
     Read the labels of each row from one column.
@@ -63,6 +65,8 @@ def parse_label_column(
         positions (`Sequence[str]`, *optional*):
             The labels of a multi-hot list such as `[1, 0, 0, 1]`, in its order; an entry of -1 is an unknown label.
             By default multi-hot lists are an error, because they do not name their labels.
+        known (`Collection[str]`, *optional*):
+            The labels of a trained model. A cell that is one of them is this label, delimiters or not.
 
     Returns:
         [`ParsedLabels`]: The labels of all rows.
@@ -78,7 +82,9 @@ def parse_label_column(
         rows = [_class_names(value, inner.names) for value in values]
         return ParsedLabels(rows, dict.fromkeys(empty), "class indices")
     found = delimiter or find_delimiter(values)
-    rows, listed = _parse_cells(data, values, partial(_parse_cell, delimiter=found, bare=delimiter is None))
+    rows, listed = _parse_cells(
+        data, values, partial(_parse_cell, delimiter=found, bare=delimiter is None, known=known)
+    )
     form = "lists" if listed else f"separated by {found!r}" if found else "separated by white space"
     if (row := _multi_hot(rows, listed)) is None:
         return ParsedLabels(rows, dict.fromkeys(empty), form)
@@ -115,16 +121,19 @@ def _parse_cells(data: Dataset, values: Sequence[Any], parse: Callable) -> tuple
 def _by_position(rows: Sequence[Sequence[str]], positions: Sequence[str], empty: Sequence[int]) -> ParsedLabels:
     """Name the labels of multi-hot lists. An empty cell has no entries."""
     found = {
-        mark: [[label for label, given in zip(positions, marks, strict=False) if given == mark] for marks in rows]
-        for mark in ("1", "-1")
+        kind: [
+            [name for name, mark in zip(positions, marks, strict=False) if INDICATORS[mark.lower()] is kind]
+            for marks in rows
+        ]
+        for kind in (True, None)
     }
-    unknown = {row: labels for row, labels in enumerate(found["-1"]) if labels}
+    unknown = {row: labels for row, labels in enumerate(found[None]) if labels}
     form = "multi-hot lists in the order of --label_names_file"
-    return ParsedLabels(found["1"], {**unknown, **dict.fromkeys(empty)}, form)
+    return ParsedLabels(found[True], {**unknown, **dict.fromkeys(empty)}, form)
 
 
 def _is_multi_hot(marks: Sequence[str], length: int) -> bool:
-    return len(marks) == length and set(marks) <= MULTI_HOT
+    return len(marks) == length and all(mark.lower() in INDICATORS for mark in marks)
 
 
 def _class_names(value: Any, names: Sequence[str]) -> list[str]:
@@ -141,11 +150,13 @@ def _multi_hot(rows: Sequence[Sequence[str]], listed: int) -> int | None:
         if len(set(labels)) < len(labels) and (listed or len(labels) > 2):
             return row
         pairs.setdefault(tuple(labels), row)
-    return max(pairs.values()) if listed and len(pairs) > 1 else None
+    return max(pairs.values()) if len(pairs) > 1 and len(set(map(frozenset, pairs))) < len(pairs) else None
 
 
-def _parse_cell(cell: Any, delimiter: str | None, bare: bool) -> tuple[list[str], bool]:
+def _parse_cell(cell: Any, delimiter: str | None, bare: bool, known: Collection[str]) -> tuple[list[str], bool]:
     """Return the labels of a cell, and whether it is a list."""
+    if isinstance(cell, str) and cell.strip() in known:
+        return [cell.strip()], False
     entries = cell if isinstance(cell, tuple) else list_entries(cell, bare) if isinstance(cell, str) else None
     parts = entries if entries is not None else cell.split(delimiter) if isinstance(cell, str) else (cell,)
     return [label for label in map(_as_label, parts) if label], entries is not None
@@ -169,6 +180,7 @@ def list_entries(text: str, bare: bool = True) -> list | None:
     if not match:
         return None
     inner = match[1] if match[2] is None else match[2]
+    inner = re.sub(r"\b(?:np|numpy)\.\w+\(([^()]*)\)", r"\1", inner)  # numpy 2 writes np.str_('a')
     try:
         entries = json.loads(inner)
         return entries if isinstance(entries, list) else _python_entries(inner)
@@ -177,7 +189,7 @@ def list_entries(text: str, bare: bool = True) -> list | None:
     try:
         return _python_entries(inner)
     except (SyntaxError, tokenize.TokenError):
-        if not (bare and inner.startswith("[")):
+        if not bare or not (inner.startswith("[") or "," in inner):  # "(a)" can be the name of a label
             return None
         return [part.strip(" '\"\n") for part in inner[1:-1].split("," if "," in inner else None)]
 

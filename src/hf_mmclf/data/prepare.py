@@ -22,7 +22,7 @@ from .labels import (
     parse_label_column,
     read_names,
 )
-from .splits import split_rows
+from .splits import split_rows, warn_of_shared_rows
 from .suspects import contradictions, label_warnings
 from .tables import Source, find_column, from_arrow, read_source, source_name, with_columns, with_where
 
@@ -164,7 +164,8 @@ def prepare_data(
     is_read, sources = sources is None, sources or _read_sources(args)
     if labels is None and "train" not in sources:
         raise ValueError(f"no training rows; the source has only {', '.join(sources)}")
-    parsed = _parse_labels(sources, args) if with_labels else {}
+    args = _same_columns(sources, args)
+    parsed = _parse_labels(sources, args, labels.ids if labels else ()) if with_labels else {}
     label_set = labels or _collect_labels(sources, parsed, args, known)
     splits, bad_images = {}, []
     for name, source in sources.items():
@@ -182,6 +183,8 @@ def prepare_data(
     if labels is None:
         fractions = args.validation_fraction, args.test_fraction
         splits, how = split_rows(splits, references_of(splits["train"]), *fractions, args.split_seed)
+        if is_read and args.data is not None:
+            warn_of_shared_rows(splits, folder, uses_image)
     return PreparedData(DatasetDict(splits), label_set, folder, how, bad_images)
 
 
@@ -265,7 +268,19 @@ def _label_columns(sources: dict[str, Dataset], args: DataArguments) -> dict[str
     return {name: found for name, found in columns.items() if found != [None]}
 
 
-def _parse_labels(sources: dict[str, Dataset], args: DataArguments) -> dict[str, ParsedLabels]:
+def _same_columns(sources: dict[str, Dataset], args: DataArguments) -> DataArguments:
+    """Return the arguments with the image and text columns of the first split, if the other splits have them too."""
+    first, *others = sources.values()
+    shared = set(first.column_names).intersection(*(more.column_names for more in others))
+    chosen = {f"{part}_column": _column(first, args, part) for part in ("image", "text")}
+    return dataclasses.replace(args, **{flag: column for flag, column in chosen.items() if column in shared})
+
+
+def _parse_labels(sources: dict[str, Dataset], args: DataArguments, known: Collection[str]) -> dict[str, ParsedLabels]:
+    if args.label_columns and args.label_column:
+        raise ValueError("--label_column and --label_columns are both given; leave one out")
+    if args.label_delimiter == "":
+        raise ValueError("--label_delimiter is empty; leave it out for white space")
     columns = _label_columns(sources, args)
     if args.label_columns:
         return {
@@ -277,7 +292,7 @@ def _parse_labels(sources: dict[str, Dataset], args: DataArguments) -> dict[str,
     delimiter = args.label_delimiter or find_delimiter(cells)
     positions = list(read_names(args.label_names_file)) if args.label_names_file else None
     return {
-        name: parse_label_column(sources[name], column, delimiter, args.empty_is_unknown, positions)
+        name: parse_label_column(sources[name], column, delimiter, args.empty_is_unknown, positions, known)
         for name, [column] in columns.items()
     }
 
@@ -293,7 +308,10 @@ def _say_what_was_found(
         chosen.append(f"labels {', '.join(map(repr, columns[:5]))}{', ...' if columns[5:] else ''} ({labels.form})")
     logger.info(f"Columns: {', '.join(chosen)}")
     for name, labels in parsed.items():
-        keys = [path if isinstance(path, str) else None for path in image_paths(splits[name])]
+        keys = [
+            os.path.normpath(path) if isinstance(path, str) else text if path is None else None
+            for path, text in zip(image_paths(splits[name]), splits[name]["text"][:], strict=True)
+        ]
         warnings = label_warnings(labels.rows, sources[name]["where"][:])
         for warning in [*warnings, *contradictions(keys, references_of(splits[name]), splits[name]["where"][:])]:
             logger.warning(f"  {name} rows: {warning}")
@@ -378,6 +396,8 @@ def references_of(rows: Dataset) -> np.ndarray:
 
 def _check_images(data: Dataset, folder: Path, args: DataArguments) -> tuple[Dataset, list[tuple[str, str]]]:
     """Return the rows that --bad_images lets through, and the row and the reason for each bad image."""
+    if not args.pixel_limit > 0:
+        raise ValueError(f"--pixel_limit is {args.pixel_limit}; expected megapixels, a number above 0")
     max_pixels = args.pixel_limit * 1e6
     if not args.streaming or args.bad_images == "error":  # a file of a stream can vanish at any time
         check_paths(data, folder)

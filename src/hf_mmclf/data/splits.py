@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from scipy.sparse import csr_array
+from transformers.utils import logging
 
 from .images import image_groups, image_paths
+
+logger = logging.get_logger(__name__)
 
 
 def stratified_split(
@@ -113,6 +116,15 @@ def split_rows(
     return {**splits, **drawn}, f"{', '.join(shares)} by iterative stratification of the training rows, seed {seed}"
 
 
+def warn_of_shared_rows(splits: Mapping[str, Dataset], folder: Path, uses_image: bool) -> None:
+    """Warn of rows of another split that are training rows too. The arguments are those of [`row_digests`]."""
+    digests = {name: row_digests(rows, folder, uses_image) for name, rows in splits.items()}
+    trained = set(digests.pop("train"))
+    for name, others in digests.items():
+        if shared := sum(digest in trained for digest in others):
+            logger.warning(f"  {shared:,} of {len(others):,} {name} rows are training rows too")
+
+
 def row_digests(rows: Dataset, folder: Path, uses_image: bool = True) -> list[str]:
     """
     Compute what a row is recognised by: the content of its image and its text, and not its place in a file.
@@ -132,7 +144,7 @@ def row_digests(rows: Dataset, folder: Path, uses_image: bool = True) -> list[st
     digests = []
     places = image_paths(rows) if uses_image else [None] * len(rows)
     for row, (place, text) in enumerate(zip(places, rows["text"][:], strict=True)):
-        content = [text]
+        content = [text and " ".join(text.split())]
         if place is True:
             content.append(hashlib.blake2b(rows[row]["image"]["bytes"]).hexdigest())
         elif place is not None:

@@ -29,6 +29,8 @@ def label_warnings(rows: Iterable[Sequence[str]], where: Sequence[str]) -> list[
         return ", ".join(f"{label!r} ({first[label]}, {counts[label]:,} in all)" for label in labels[:SHOWN])
 
     warnings = []
+    if pieces := [label for label in counts if re.search(r"[][(){}]", re.sub(r"\(.*\)|\[.*\]|\{.*\}", "", label))]:
+        warnings.append(f"these look like pieces of lists: {shown(pieces)}; write them as JSON lists")
     if missing := [label for label in counts if label.lower() in MISSING]:
         warnings.append(f"these look like missing values, and are labels: {shown(missing)}; leave such cells empty")
     if alike := [shown(labels) for labels in _spellings(counts) if len(labels) > 1]:

@@ -183,12 +183,15 @@ def _excel_rows(path: Path) -> Iterator[tuple[int, dict]]:
     if find_spec("openpyxl") is None:
         raise ImportError(f"{path}: Excel files need openpyxl; run `pip install 'hf_mmclf[excel]'`")
     try:
-        sheets = pd.read_excel(path, sheet_name=None, dtype=object)
+        sheets = pd.read_excel(path, sheet_name=None, dtype=object, keep_default_na=False, na_values=[""])
     except Exception as error:  # zip, XML and openpyxl have errors of their own
         raise ValueError(f"{path}: cannot be read as Excel: {error}") from None
     name, sheet = next(iter(sheets.items()))
     if len(sheets) > 1:
         logger.info(f"{path.name}: the sheet {name!r} is read, {len(sheets) - 1} more are left out")
+    for column in sheet:  # Excel stores "1" among other texts as a number
+        if len({isinstance(value, str) for value in sheet[column].dropna()}) > 1:
+            sheet[column] = sheet[column].map(str, na_action="ignore")
     for number, row in enumerate(sheet.to_dict("records"), 2):
         yield number, {str(column): None if pd.isna(value) else value for column, value in row.items()}
 

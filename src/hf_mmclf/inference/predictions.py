@@ -73,7 +73,7 @@ def check_output(
     file = Path(path).resolve()
     if not file.exists():
         return
-    if file in [Path(given).resolve() for given in inputs if given is not None]:
+    if any(file.is_relative_to(Path(given).resolve()) for given in inputs if given is not None):
         raise FileExistsError(f"{path} is the input; give another --output")
     if any(file.is_relative_to(Path(folder).resolve()) for folder in folders):
         raise FileExistsError(f"{path} is a file of the model; give another --output")

@@ -151,6 +151,10 @@ class Predictor:
             name = next(key for key in ("test", "validation", "train") if key in splits)
         if name not in splits:
             raise ValueError(f"no split {name!r}; the source has {', '.join(splits)}")
+        if held_out and name != "train" and name in prepared.splits:
+            trained = self._recorded_splits(splits[name], prepared.folder).count("train")
+            if trained:
+                logger.warning(f"{trained:,} of {len(splits[name]):,} {name} rows are training rows of this model")
         return name, splits[name]
 
     def _recognised(self, rows: Dataset, folder: Path, wanted: str | None) -> dict[str, Dataset]:
@@ -173,10 +177,7 @@ class Predictor:
         file = self.folder / "splits.csv"
         if not file.is_file():
             return [None] * len(rows)
-        with file.open(encoding="utf-8", newline="") as lines:
-            recorded = list(csv.DictReader(lines))
-        if recorded and not {"split", "row"} <= set(recorded[0]):
-            raise ValueError(f"{file}: expected the columns split, row and digest")
+        recorded = _read_splits(file)
         if recorded and "digest" not in recorded[0]:  # written by version 0.1
             logger.warning(f"{file.name} has no digests, so rows are recognised by file name and line")
             split_of = {line["row"]: line["split"] for line in recorded}
@@ -306,6 +307,19 @@ class Predictor:
         references_of(rows)  # raises its error before the rows are scored
         scores = self.scores(rows, folder, batch_size)
         return self.report(rows, scores, folder if ablations else None, batch_size)
+
+
+def _read_splits(file: Path) -> list[dict[str, str]]:
+    """Read `splits.csv`. Raises `ValueError` if it is damaged."""
+    try:
+        recorded = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 ({error.reason}); remove it, or copy the folder again") from None
+    if not recorded:
+        logger.warning(f"{file} is empty, so nobody knows which rows are those of training")
+    elif not {"split", "row"} <= set(recorded[0]):
+        raise ValueError(f"{file}: expected the columns split, row and digest")
+    return recorded
 
 
 def _checked(output: PredictionOutput, rows: Dataset) -> PredictionOutput:

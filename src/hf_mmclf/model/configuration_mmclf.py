@@ -173,8 +173,11 @@ class MMClfConfig(PreTrainedConfig):
             raise ValueError(f"id2label has the keys {sorted(self.id2label)}; expected 0 to {len(names) - 1}")
         if len(set(names)) != len(names):
             raise ValueError(f"id2label has duplicate names: {names}")
-        if self.label_ids is not None and len(self.label_ids) != len(names):
-            raise ValueError(f"label_ids has {len(self.label_ids)} entries; expected {len(names)}, one for each label")
+        if self.label_ids is not None and not len(set(self.label_ids)) == len(self.label_ids) == len(names):
+            raise ValueError(
+                f"label_ids has {len(self.label_ids)} entries; expected {len(names)} different ones, one for each label: "
+                f"{self.label_ids}"
+            )
         unknown = [name for name in self.label_thresholds or {} if name not in names]
         if unknown:
             raise ValueError(f"label_thresholds has unknown labels {unknown}; expected some of {names}")

@@ -329,18 +329,28 @@ def load_model(source: str | os.PathLike, trust_remote_code: bool = False, **opt
         raise
     except Exception as error:  # each format has errors of its own
         raise ValueError(f"{source}: cannot be loaded: {' '.join(str(error).split())}") from error
-    tokenizer, image_processor, config = processor.tokenizer, processor.image_processor, model.config
+    _check_parts(source, model.config, processor, hub)
+    for kind, names in (("missing", info["missing_keys"]), ("not of this model", info["unexpected_keys"])):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise ValueError(f"{source}: {len(names)} tensors of the weights are {kind}: {shown}")
+    return model, processor
+
+
+def _check_parts(source: str, config: MMClfConfig, processor: Any, hub: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if image processor or tokenizer are missing, or those of another model."""
+    tokenizer, image_processor = processor.tokenizer, processor.image_processor
     if config.has_image and (
         image_processor is None or "size" not in type(image_processor).get_image_processor_dict(source, **hub)[0]
     ):  # transformers takes defaults for what is not there
         raise ValueError(f"{source}: no settings in preprocessor_config.json; copy or download the folder again")
     if config.has_text and (tokenizer is None or set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)):
         raise ValueError(f"{source}: no tokenizer.json or tokenizer_config.json; copy or download the folder again")
-    for kind, names in (("missing", info["missing_keys"]), ("not of this model", info["unexpected_keys"])):
-        if names:
-            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            raise ValueError(f"{source}: {len(names)} tensors of the weights are {kind}: {shown}")
-    return model, processor
+    if config.has_text and len(tokenizer) > config.text_config.vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, the text backbone {config.text_config.vocab_size}; "
+            "its files are those of another model"
+        )
 
 
 def pipeline(
