@@ -270,8 +270,8 @@ class TestPredict:
             ("both", ["--images", "0.jpg", "1.jpg", "--texts", "a"], "2 images, but 1 texts; expected one"),
             ("both", ["--images", "0.jpg", "none.jpg"], "error: no such image: none.jpg"),
             ("image", ["--images", "notes.jpg"], "error: row 1: cannot read the "),
-            ("image", ["--texts", "a dog"], "1 of 1 rows have no "),
-            ("text", ["--images", "0.jpg"], "1 of 1 rows have no "),
+            ("image", ["--texts", "a dog"], "is given, but the model has no"),
+            ("text", ["--images", "0.jpg"], "is given, but the model has no"),
             ("text", ["--data", "train.csv", "--split", "test"], "no split 'test'; the source has train"),
             (
                 "text",

@@ -29,13 +29,13 @@ def label_warnings(rows: Iterable[Sequence[str]], where: Sequence[str]) -> list[
         return ", ".join(f"{label!r} ({first[label]}, {counts[label]:,} in all)" for label in labels[:SHOWN])
 
     warnings = []
-    if pieces := [label for label in counts if re.search(r"[][(){}]", re.sub(r"\(.*\)|\[.*\]|\{.*\}", "", label))]:
+    if pieces := list(filter(_is_piece, counts)):
         warnings.append(f"these look like pieces of lists: {shown(pieces)}; write them as JSON lists")
     if missing := [label for label in counts if label.lower() in MISSING]:
         warnings.append(f"these look like missing values, and are labels: {shown(missing)}; leave such cells empty")
     if alike := [shown(labels) for labels in _spellings(counts) if len(labels) > 1]:
-        more = f"; and {len(alike) - SHOWN} more" if len(alike) > SHOWN else ""
-        warnings.append(f"these look like spellings of one label: {'; '.join(alike[:SHOWN])}{more}")
+        some = "; ".join(alike[:SHOWN])
+        warnings.append(f"these look like spellings of one label: {some}; {len(alike):,} such groups in all")
     for mark in MARKS:
         joined = [label for label in counts if mark in label.strip(mark)]
         if joined and len({part.strip() for label in counts for part in label.split(mark)}) < len(counts):
@@ -43,6 +43,11 @@ def label_warnings(rows: Iterable[Sequence[str]], where: Sequence[str]) -> list[
             advice = f"if it separates labels, give --label_delimiter '{mark}'"
             warnings.append(f"{some} contain {mark!r}, such as {shown(joined)}; {advice}")
     return warnings
+
+
+def _is_piece(label: str) -> bool:
+    """Return whether a label has a bracket without its counterpart."""
+    return re.search(r"[][(){}]", re.sub(r"\(.*\)|\[.*\]|\{.*\}", "", label)) is not None
 
 
 def _spellings(labels: Iterable[str]) -> Iterable[list[str]]:

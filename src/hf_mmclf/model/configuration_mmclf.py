@@ -175,8 +175,8 @@ class MMClfConfig(PreTrainedConfig):
             raise ValueError(f"id2label has duplicate names: {names}")
         if self.label_ids is not None and not len(set(self.label_ids)) == len(self.label_ids) == len(names):
             raise ValueError(
-                f"label_ids has {len(self.label_ids)} entries; expected {len(names)} different ones, one for each label: "
-                f"{self.label_ids}"
+                f"label_ids has {len(self.label_ids)} entries; expected {len(names)} different ones, one for each "
+                f"label: {self.label_ids}"
             )
         unknown = [name for name in self.label_thresholds or {} if name not in names]
         if unknown:
