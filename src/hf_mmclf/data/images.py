@@ -204,3 +204,34 @@ def without_bad_images(
     without = {**data.select(bad).to_dict(), "image": [None] * len(bad)}  # the other images are not copied
     both = concatenate_datasets([data.select(good), Dataset.from_dict(without, features=data.features)])
     return both.select(np.argsort([*good, *bad])), listed
+
+
+def check_images(
+    data: Dataset, folder: Path, policy: str, megapixels: float, is_streamed: bool = False
+) -> tuple[Dataset, list[tuple[str, str]]]:
+    """
+    Check the images of rows before any of them is used.
+
+    Args:
+        data (`Dataset`): Columns `image` and `where`.
+        folder (`Path`): The folder to which image names are relative.
+        policy (`str`): `bad_images` of [`DataArguments`].
+        megapixels (`float`): The largest number of megapixels of an image.
+        is_streamed (`bool`, *optional*, defaults to `False`): Whether a file can vanish at any time.
+
+    Returns:
+        `tuple[Dataset, list[tuple[str, str]]]`: The rows that `policy` lets through, and the row and the reason for
+        each bad image.
+
+    Raises:
+        `ValueError`: If an image is too large, is a URL or, where `policy` leaves rows out, no row is left.
+        `FileNotFoundError`: If files do not exist.
+    """
+    if not megapixels > 0:
+        raise ValueError(f"--pixel_limit is {megapixels}; expected megapixels, a number above 0")
+    if not is_streamed or policy == "error":
+        check_paths(data, folder)
+    if policy != "error":
+        return without_bad_images(data, folder, policy, megapixels * 1e6)
+    check_sizes(data, folder, megapixels * 1e6)
+    return data, []

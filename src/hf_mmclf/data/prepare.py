@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, Image
 from transformers.utils import logging
 
 from .demo import DEMO_LABELS, demo_dataset
-from .images import check_paths, check_sizes, image_paths, without_bad_images
+from .images import check_images, image_paths
 from .labels import (
     LabelSet,
     ParsedLabels,
@@ -173,18 +173,17 @@ def prepare_data(
         if name in parsed:
             split = _with_labels(split, label_set, parsed[name])
         if uses_image:
-            split, bad = _check_images(split, folder, args)
+            split, bad = check_images(split, folder, args.bad_images, args.pixel_limit, args.streaming)
             bad_images += bad
         _check_modalities(split, uses_image, uses_text)
         splits[name] = split
-    if is_read and args.data is not None:
-        _say_what_was_found(sources, splits, parsed, args)
-    how = "given"
+    rows, how = splits, "given"
     if labels is None:
         fractions = args.validation_fraction, args.test_fraction
         splits, how = split_rows(splits, references_of(splits["train"]), *fractions, args.split_seed)
-        if is_read and args.data is not None:
-            warn_of_shared_rows(splits, folder, uses_image)
+    if is_read and args.data is not None:
+        _say_what_was_found(sources, rows, parsed, args)
+        warn_of_shared_rows(splits, folder, uses_image)
     return PreparedData(DatasetDict(splits), label_set, folder, how, bad_images)
 
 
@@ -378,9 +377,6 @@ def _strings(data: Dataset, column: str, convert: bool = False) -> pa.ChunkedArr
     return pc.if_else(pc.equal(pc.utf8_trim_whitespace(cells), ""), None, cells)
 
 
-# Modalities
-
-
 def presence(data: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Return whether each row has an image and whether it has a text: two bool arrays of shape `(rows,)`."""
     has_image = np.array([path is not None for path in image_paths(data)], dtype=bool)
@@ -392,19 +388,6 @@ def references_of(rows: Dataset) -> np.ndarray:
     if "labels" not in rows.column_names:
         raise ValueError("these rows have no labels; name their column by --label_column or --label_columns")
     return rows.with_format("numpy")["labels"][:]
-
-
-def _check_images(data: Dataset, folder: Path, args: DataArguments) -> tuple[Dataset, list[tuple[str, str]]]:
-    """Return the rows that --bad_images lets through, and the row and the reason for each bad image."""
-    if not args.pixel_limit > 0:
-        raise ValueError(f"--pixel_limit is {args.pixel_limit}; expected megapixels, a number above 0")
-    max_pixels = args.pixel_limit * 1e6
-    if not args.streaming or args.bad_images == "error":  # a file of a stream can vanish at any time
-        check_paths(data, folder)
-    if args.bad_images != "error":
-        return without_bad_images(data, folder, args.bad_images, max_pixels)
-    check_sizes(data, folder, max_pixels)
-    return data, []
 
 
 def _check_modalities(data: Dataset, uses_image: bool, uses_text: bool) -> None:

@@ -119,7 +119,7 @@ def split_rows(
 def warn_of_shared_rows(splits: Mapping[str, Dataset], folder: Path, uses_image: bool) -> None:
     """Warn of rows of another split that are training rows too. The arguments are those of [`row_digests`]."""
     digests = {name: row_digests(rows, folder, uses_image) for name, rows in splits.items()}
-    trained = set(digests.pop("train"))
+    trained = set(digests.pop("train", ()))
     for name, others in digests.items():
         if shared := sum(digest in trained for digest in others):
             logger.warning(f"  {shared:,} of {len(others):,} {name} rows are training rows too")
