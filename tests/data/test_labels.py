@@ -133,8 +133,12 @@ def test_a_known_label_with_a_blank_is_one_label():
 
 def test_pairs_of_0_and_1_are_indices_unless_their_order_changes():
     assert parse_label_column(table([[0, 1], [0], [0, 1]]), "labels").rows == [["0", "1"], ["0"], ["0", "1"]]
-    with pytest.raises(ValueError, match="t.csv:3: .* a multi-hot list"):
-        parse_label_column(table([[0, 1], [1, 0]]), "labels")
+    for values in ([[0, 1], [1, 0]], ["0 1", "1 0"]):
+        with pytest.raises(ValueError, match="t.csv:3: .* a multi-hot list"):
+            parse_label_column(table(values), "labels")
+    # beside other indices they are indices in any order
+    assert parse_label_column(table([[0, 1], [1, 0], [7]]), "labels").rows == [["0", "1"], ["1", "0"], ["7"]]
+    assert parse_label_column(table(["0 1", "1 0", "3 7"]), "labels").rows == [["0", "1"], ["1", "0"], ["3", "7"]]
 
 
 def test_the_delimiter_is_that_of_the_whole_column():

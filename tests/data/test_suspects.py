@@ -16,7 +16,10 @@ def warnings_of(*rows):
         (["cat", "Cat dog", "cat"], "spellings of one label: 'cat' (t.csv:2, 2 in all), 'Cat' (t.csv:3, 1 in all)"),
         (["fire_hydrant", "firehydrant"], "'fire_hydrant' (t.csv:2, 1 in all), 'firehydrant' (t.csv:3, 1 in all)"),
         (["a#b#c", "a#b", "c#a", "b"], "3 of 4 labels contain '#', such as 'a#b#c' (t.csv:2, 1 in all)"),
-        (["['cat',", "dog"], "these look like pieces of lists: \"['cat',\" (t.csv:2, 1 in all); write them as JSON"),
+        (
+            ["['cat',", "dog"],
+            "these labels look like pieces of lists: \"['cat',\" (t.csv:2, 1 in all); write them as JSON",
+        ),
         (["a/b", "b/a", "a", "b"], "if it separates labels, give --label_delimiter '/'"),
     ],
 )
@@ -34,4 +37,6 @@ def test_images_with_different_labels():
     places = [f"t.csv:{line}" for line in range(2, 7)]
     assert contradictions(["a.png", "a.png", "b.png", None, None], labels, places) == []
     [warning] = contradictions(["a.png", "b.png", "a.png", "b.png", "c.png"], labels, places)
-    assert warning.startswith("2 images occur with different labels: 'a.png' (t.csv:2 and t.csv:4), 'b.png' (t.csv:3")
+    assert warning.startswith(
+        "2 images or texts occur with different labels: 'a.png' (t.csv:2 and t.csv:4), 'b.png' (t.csv:3"
+    )

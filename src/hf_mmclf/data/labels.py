@@ -143,14 +143,16 @@ def _class_names(value: Any, names: Sequence[str]) -> list[str]:
 
 def _multi_hot(rows: Sequence[Sequence[str]], listed: int) -> int | None:
     """Return a row whose labels can only be a multi-hot list: indices neither repeat nor change their order."""
-    pairs = {}
+    pairs, others = {}, False
     for row, labels in enumerate(rows):
         if len(labels) < 2 or not _is_multi_hot(labels, len(labels)):
-            continue
-        if len(set(labels)) < len(labels) and (listed or len(labels) > 2):
+            others |= len(labels) > 0
+        elif len(set(labels)) < len(labels) and (listed or len(labels) > 2):
             return row
-        pairs.setdefault(tuple(labels), row)
-    return max(pairs.values()) if len(pairs) > 1 and len(set(map(frozenset, pairs))) < len(pairs) else None
+        else:
+            pairs.setdefault(tuple(labels), row)
+    in_both_orders = len(set(map(frozenset, pairs))) < len(pairs)
+    return max(pairs.values()) if in_both_orders and not others else None
 
 
 def _parse_cell(cell: Any, delimiter: str | None, bare: bool, known: Collection[str]) -> tuple[list[str], bool]:

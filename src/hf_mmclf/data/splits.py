@@ -49,7 +49,7 @@ def stratified_split(
 
 
 def _iterative_stratification(labels: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the part of each row. The implementation of `iterative-stratification` takes minutes for many labels."""
+    """Return the part of each row. The library `iterative-stratification` is too slow for thousands of labels."""
     order = rng.permutation(len(labels))
     by_row = csr_array(labels[order])
     by_label = by_row.tocsc()

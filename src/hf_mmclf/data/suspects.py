@@ -30,12 +30,14 @@ def label_warnings(rows: Iterable[Sequence[str]], where: Sequence[str]) -> list[
 
     warnings = []
     if pieces := list(filter(_is_piece, counts)):
-        warnings.append(f"these look like pieces of lists: {shown(pieces)}; write them as JSON lists")
+        warnings.append(f"these labels look like pieces of lists: {shown(pieces)}; write them as JSON lists")
     if missing := [label for label in counts if label.lower() in MISSING]:
-        warnings.append(f"these look like missing values, and are labels: {shown(missing)}; leave such cells empty")
+        warnings.append(
+            f"these labels look like missing values, and are labels: {shown(missing)}; leave such cells empty"
+        )
     if alike := [shown(labels) for labels in _spellings(counts) if len(labels) > 1]:
         some = "; ".join(alike[:SHOWN])
-        warnings.append(f"these look like spellings of one label: {some}; {len(alike):,} such groups in all")
+        warnings.append(f"these labels look like spellings of one label: {some}; {len(alike):,} such groups in all")
     for mark in MARKS:
         joined = [label for label in counts if mark in label.strip(mark)]
         if joined and len({part.strip() for label in counts for part in label.split(mark)}) < len(counts):
@@ -60,10 +62,10 @@ def _spellings(labels: Iterable[str]) -> Iterable[list[str]]:
 
 def contradictions(keys: Sequence[str | None], labels: np.ndarray, where: Sequence[str]) -> list[str]:
     """
-    Describe rows of one image that have different labels.
+    Describe rows of one image, or of one text without an image, that have different labels.
 
     Args:
-        keys (`Sequence[str]`): The name of each row's image, `None` for rows to leave out.
+        keys (`Sequence[str]`): The name of each row's image or its text, `None` for rows to leave out.
         labels (`np.ndarray` of shape `(rows, labels)`): Multi-hot labels.
         where (`Sequence[str]`): The names of the rows.
     """
@@ -74,4 +76,4 @@ def contradictions(keys: Sequence[str | None], labels: np.ndarray, where: Sequen
     if not differing:
         return []
     shown = [f"{key!r} ({where[seen[key]]} and {where[row]})" for key, row in list(differing.items())[:SHOWN]]
-    return [f"{len(differing):,} images occur with different labels: {', '.join(shown)}"]
+    return [f"{len(differing):,} images or texts occur with different labels: {', '.join(shown)}"]

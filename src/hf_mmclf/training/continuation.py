@@ -23,7 +23,7 @@ LABEL_TENSORS = ("classifier.weight", "classifier.bias", "fusion.queries")  # on
 
 
 @dataclasses.dataclass
-class FinishedModel:
+class StartingModel:
     """
     A finished model from which a run starts.
 
@@ -38,7 +38,7 @@ class FinishedModel:
     processor: MMClfProcessor
 
     @classmethod
-    def load(cls, args: ModelArguments) -> "FinishedModel":
+    def load(cls, args: ModelArguments) -> "StartingModel":
         """
         Load the model that `args.init_from` names.
 
@@ -74,7 +74,7 @@ class FinishedModel:
         Create a model with the weights of this one. Classifiers are kept by label, and those of new labels are random.
 
         Args:
-            config ([`MMClfConfig`]): The configuration of [`FinishedModel.config`] with the labels of the new rows.
+            config ([`MMClfConfig`]): The configuration of [`StartingModel.config`] with the labels of the new rows.
         """
         model = MMClfForImageTextClassification(config)
         own, old = self.model.state_dict(), self.model.config

@@ -25,7 +25,7 @@ from ..model.modeling_mmclf import MMClfForImageTextClassification
 from ..model.processing_mmclf import MMClfProcessor
 from ..presets import config_from_preset
 from .arguments import ARCHITECTURE, MMClfTrainingArguments, ModelArguments
-from .continuation import FinishedModel
+from .continuation import StartingModel
 from .losses import MultiLabelLoss
 
 logger = logging.get_logger(__name__)
@@ -93,7 +93,7 @@ def prepare_inputs(
         `ValueError`, `OSError`: If arguments contradict each other, rows cannot be read, or weights or the tokenizer
             cannot be loaded.
     """
-    finished = FinishedModel.load(model_args) if model_args.init_from else None
+    finished = StartingModel.load(model_args) if model_args.init_from else None
     config = finished.config(model_args) if finished else build_config(model_args)
     _check_starts(model_args, data_args, config)
     stream = None
