@@ -45,7 +45,8 @@ import baseline
 import torch
 from workload import BATCH, Workload, image_rows
 
-from hf_mmclf.data.prepare import DataArguments, prepare_data
+from hf_mmclf.data.arguments import DataArguments
+from hf_mmclf.data.prepare import prepare_data
 from hf_mmclf.evaluation.report import format_table
 
 CACHED = 2_000  # rows of the table whose features are cached

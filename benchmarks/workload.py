@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_mmclf import MMClfTrainer, Predictor, demo_dataset, parse_arguments, pipeline
+from hf_mmclf.data.arguments import DataArguments
 from hf_mmclf.data.collator import Preprocessing
-from hf_mmclf.data.prepare import DataArguments, prepare_data
+from hf_mmclf.data.prepare import prepare_data
 from hf_mmclf.data.tables import read_table
 from hf_mmclf.inference.predictor import machine_defaults
 from hf_mmclf.training.feature_cache import FeatureCache

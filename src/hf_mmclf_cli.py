@@ -138,7 +138,7 @@ COMMANDS = {
 # Where the source of each class is, and its name there. Only some fields of the configuration are flags.
 SOURCES = {
     "PredictorArguments": ("hf_mmclf", "cli.py", "PredictorArguments"),
-    "DataArguments": ("hf_mmclf", "data/prepare.py", "DataArguments"),
+    "DataArguments": ("hf_mmclf", "data/arguments.py", "DataArguments"),
     "AugmentationArguments": ("hf_mmclf", "data/augmentation.py", "AugmentationArguments"),
     "ModelArguments": ("hf_mmclf", "training/arguments.py", "ModelArguments"),
     "ArchitectureArguments": ("hf_mmclf", "model/configuration_mmclf.py", "MMClfConfig"),

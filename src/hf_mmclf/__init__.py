@@ -23,9 +23,9 @@ from .model.pipeline_mmclf import TASK, ImageTextClassificationPipeline, pipelin
 from .model.processing_mmclf import MMClfProcessor
 
 if TYPE_CHECKING:  # the names of _LAZY, for editors and type checkers
+    from .data.arguments import DataArguments as DataArguments
     from .data.augmentation import AugmentationArguments as AugmentationArguments
     from .data.demo import demo_dataset as demo_dataset
-    from .data.prepare import DataArguments as DataArguments
     from .evaluation.evaluate_metric import MultiLabelMetric as MultiLabelMetric
     from .evaluation.thresholds import best_threshold as best_threshold
     from .evaluation.thresholds import label_thresholds as label_thresholds
@@ -51,7 +51,7 @@ if TYPE_CHECKING:  # the names of _LAZY, for editors and type checkers
 _LAZY = {
     "PRESETS": "presets",
     "AugmentationArguments": "data.augmentation",
-    "DataArguments": "data.prepare",
+    "DataArguments": "data.arguments",
     "FinishedModel": "inference.predictor",
     "MMClfTrainer": "training.trainer",
     "MMClfTrainingArguments": "training.arguments",

@@ -223,7 +223,11 @@ def test_a_names_file_fixes_the_set(tmp_path):
     [
         ('["person"]', "expected a JSON object"),
         ('{"1": 5}', "expected a JSON object"),
-        ('{"1": "a", "2": "a"}', "two labels have the same name"),
+        ('{"1": "a", "2": "a"}', "the name 'a' is there twice"),
+        ('{"1": "a", "1": "b"}', "the label '1' is there twice"),
+        ('{"1": " "}', "a name is empty"),
+        ('{"": "a"}', "a label is empty"),
+        ("[]", "expected a JSON object"),
         ("{1: a}", "names.json: not JSON"),
     ],
 )

@@ -11,9 +11,10 @@ import pytest
 from datasets import Dataset, DatasetDict, Image, List, Value
 from PIL import Image as PILImage
 
+from hf_mmclf.data.arguments import DataArguments
 from hf_mmclf.data.images import open_image
 from hf_mmclf.data.labels import LabelSet
-from hf_mmclf.data.prepare import IMAGE_COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS, DataArguments, prepare_data
+from hf_mmclf.data.prepare import IMAGE_COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS, prepare_data
 
 DATA = Path(os.environ.get("HF_MMCLF_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}; HF_MMCLF_DATA names another place")
@@ -233,6 +234,59 @@ def test_wrong_flags_are_answered_with_right_ones(tmp_path, flags, message):
     path.write_text("image,caption,tags\n,a dog,dog\n,a cat,cat\n", encoding="utf-8")
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         prepare_text(path, **flags)
+
+
+ROWS = {"image": ["a.png"], "text": ["a dog"], "labels": [["dog"]]}
+
+
+@pytest.mark.parametrize(
+    "changes, flags, message",
+    [
+        ({}, {"label_delimiter": "|"}, "--label_delimiter has no effect, because the labels are not delimited text"),
+        ({}, {"label_columns": ["labels", "labels"]}, "--label_columns names 'labels' twice"),
+        ({"labels": LabelSet(("dog",), ("dog",))}, {"split_seed": 1}, "only training splits rows"),
+        ({"labels": LabelSet(("dog",), ("dog",))}, {"validation_fraction": 0.2}, "only training splits rows"),
+        ({"labels": LabelSet(("dog",), ("dog",))}, {"streaming": True}, "only training reads a stream"),
+        ({"with_labels": False}, {"label_column": "nonsense"}, "--label_column has no effect, because a prediction"),
+        ({"sources": ROWS}, {"validation_data": "x.csv"}, "the rows are given without a table"),
+        ({"sources": ROWS}, {"demo_rows": 5}, "the rows are given without a table"),
+    ],
+)
+def test_arguments_without_an_effect_are_refused(changes, flags, message):
+    rows = Dataset.from_dict({**ROWS, "where": ["t:1"]})
+    data = None if "sources" in changes else rows
+    changes = {**changes, "sources": {"train": rows}} if "sources" in changes else changes
+    with pytest.raises(ValueError, match=message):
+        prepare_data(DataArguments(data=data, **flags), uses_image=False, **changes)
+
+
+def test_arguments_of_images_are_named_where_there_are_none(notices):
+    rows = Dataset.from_dict(ROWS)
+    prepare_data(DataArguments(rows, bad_images="skip"), uses_image=False, labels=LabelSet(("dog",), ("dog",)))
+    assert "--bad_images has no effect, because the model has no image backbone" in notices()
+
+
+def test_a_names_file_of_other_labels_does_not_fit_a_trained_model(tmp_path):
+    path, labels = tmp_path / "names.json", LabelSet(("1", "2"), ("dog", "cat"))
+    rows = Dataset.from_dict({"text": ["a"], "labels": ["1"]})
+    for names, message in (({"1": "cat"}, "has the name 'dog' for it"), ({"7": "bird"}, "but the model has 1, 2")):
+        path.write_text(json.dumps(names), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            prepare_data(DataArguments(data=rows, label_names_file=str(path)), uses_image=False, labels=labels)
+    path.write_text('{"2": "cat", "1": "dog"}', encoding="utf-8")
+    prepare_data(DataArguments(data=rows, label_names_file=str(path)), uses_image=False, labels=labels)
+
+
+def test_empty_lists_of_any_form_are_unknown_alike():
+    for cells in ([["a"], []], ["['a']", "[]"], ["a", " "], ["a|b", "|"]):
+        rows = Dataset.from_dict({"text": ["x", "y"], "labels": cells})
+        labels = LabelSet(("a", "b"), ("a", "b"))
+        options = dict(uses_image=False, labels=labels)
+        assert prepare_data(DataArguments(rows, empty_is_unknown=True), **options).splits["train"]["labels"][1] == [
+            -1,
+            -1,
+        ]
+        assert prepare_data(DataArguments(rows), **options).splits["train"]["labels"][1] == [0, 0]
 
 
 def test_tables_without_a_needed_column_or_split(tmp_path):
@@ -469,6 +523,39 @@ def test_a_needed_column_must_be_there_or_be_none(tmp_path, part, other):
         prepare_data(args)
     args = DataArguments(data=str(tmp_path / "t.csv"), **{f"{part}_column": "none"})
     assert set(prepare_data(args).splits["train"][part]) == {None}
+
+
+def test_images_of_one_file_under_several_names_are_one_image(tmp_path, notices):
+    save_images(tmp_path, ["0.png"])
+    names = ["0.png", "./0.png", str(tmp_path / "0.png"), f"../{tmp_path.name}/0.png"] * 3
+    table = pd.DataFrame({"image": names, "text": "a", "labels": ["x", "y"] * 6})
+    with pytest.raises(ValueError, match="12 rows, 1 if rows of one image count once"):
+        prepare_data(DataArguments(data=table, image_dir=str(tmp_path)))
+    table.to_csv(tmp_path / "train.csv", index=False)
+    table.to_csv(tmp_path / "validation.csv", index=False)
+    prepare_data(DataArguments(data=str(tmp_path)))
+    assert any("train rows: 1 images or texts occur with different labels" in line for line in notices())
+
+
+def encode(name):
+    return {"bytes": encoded(), "path": name}
+
+
+@pytest.mark.parametrize("cell", [lambda name: encoded(), encode, lambda name: PILImage.new("RGB", (4, 3))])
+def test_images_in_tables_of_pandas_and_parquet(tmp_path, cell, notices):
+    frame = pd.DataFrame({"image": [cell(name) for name in NAMES], "text": TEXTS, "labels": TAGS})
+    sources = [frame]
+    if not isinstance(frame["image"][0], PILImage.Image):
+        frame.to_parquet(tmp_path / "rows.parquet")
+        sources.append(str(tmp_path / "rows.parquet"))
+    for source in sources:
+        with pytest.raises(ValueError, match="1 if rows of one image count once"):
+            prepare_data(DataArguments(data=source))
+        options = {"validation_data": source, "test_data": source}
+        prepared = prepare_data(DataArguments(data=source, **options))
+        row = prepared.splits["train"][0]
+        assert open_image(row["image"], prepared.folder, row["where"]).shape == (3, 3, 4)
+        assert any("train rows: 1 images or texts occur with different labels" in line for line in notices())
 
 
 def test_tables_in_memory_are_prepared_like_files(tmp_path, monkeypatch):

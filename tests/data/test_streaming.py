@@ -13,8 +13,8 @@ from support.stream_log import seen, train_with_log
 from support.training_runs import TINY, TWO_PROCESSES, write_table
 
 from hf_mmclf import Predictor, parse_arguments, train
+from hf_mmclf.data.arguments import DataArguments
 from hf_mmclf.data.collator import Preprocessing
-from hf_mmclf.data.prepare import DataArguments
 from hf_mmclf.data.streaming import StreamCollator, open_stream
 from hf_mmclf.data.tables import read_table
 from hf_mmclf.data.tokenizer import load_tokenizer

@@ -4,9 +4,11 @@ import io
 import json
 import os
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
+import openpyxl
 import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict, Image
@@ -148,8 +150,24 @@ def test_a_folder_of_tables_has_their_splits(tmp_path):
         "test": ["test"],
     }
     write(tmp_path / "valid.csv", "text\nagain\n")
-    with pytest.raises(ValueError, match="more than one table for the split 'validation'"):
+    with pytest.raises(ValueError, match="dev.tsv and valid.csv are both 'validation'. Expected .*, each once"):
         read_source(str(tmp_path))
+
+
+def test_split_names_have_any_case_and_other_parts_are_said_to_be_left_out(tmp_path, notices):
+    for name in ("Train.CSV", "EVAL.csv", "train_extra.csv", "metadata.csv", "more/metadata.csv"):
+        write(tmp_path / name, f"file_name,text\na.png,{name}\n")
+    splits = read_source(str(tmp_path))
+    assert {name: split["text"][:] for name, split in splits.items()} == {
+        "train": ["Train.CSV"],
+        "validation": ["EVAL.csv"],
+    }
+    assert notices() == [
+        f"{tmp_path}: left out, because it is no split: metadata.csv, train_extra.csv, more/metadata.csv"
+    ]
+    rows = Dataset.from_dict({"text": ["a"]})
+    assert list(read_source(DatasetDict(Validation=rows, unsupervised=rows, TRAIN=rows))) == ["train", "validation"]
+    assert notices() == ["data: left out, because it is no split: unsupervised"]
 
 
 def image_bytes():
@@ -184,7 +202,7 @@ def test_other_names_are_data_sets_of_the_hub(monkeypatch):
     monkeypatch.setattr(tables, "check_reachable", lambda name: None)
     assert list(read_source("user/pets")) == ["train", "validation"]
     assert read_source("user/one")["train"]["where"][:] == ["user/one/train:1"]
-    with pytest.raises(ValueError, match=r"splits \['val', 'dev'\]; expected .* each once"):
+    with pytest.raises(ValueError, match=r"splits val, dev; val and dev are both 'validation'. Expected .* each once"):
         read_source("user/odd")
     assert asked == ["user/pets", "user/one", "user/odd"]
 
@@ -237,6 +255,45 @@ def test_tables_in_memory(notices):
         assert table.remove_columns("where").to_dict() == rows and len(set(table["where"])) == 2
     read_source(Dataset.from_dict({**rows, "where": ["x", "y"]}))
     assert notices() == ["data/train: its column 'where' is left out, because the places of rows have this name"]
+
+
+def test_images_of_pillow_in_a_table_of_pandas():
+    frame = pd.DataFrame({"image": [PILImage.new("RGB", (4, 3)), None], "text": ["a", "b"]})
+    first, second = read_source(frame)["train"]["image"]
+    assert first.size == (4, 3) and second is None
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ([{"text": "a"}], "data is a list; expected a path"),
+        (Dataset.from_dict({"text": ["a"]}).to_iterable_dataset(), "data is a IterableDataset; expected a path"),
+        (pd.Series(["a"]), "data is a Series; expected a path"),
+        (pd.DataFrame({"text": []}), "data/train: no rows"),
+        (pd.DataFrame(), "expected columns with different names"),
+        (pd.DataFrame([["a", "b"]], columns=["x", "x"]), "expected columns with different names"),
+        (pd.DataFrame({"text": ["a", "b"], "labels": [["cat"], "cat"]}), "'labels' has cells of the types list, str"),
+        (pd.DataFrame({"text": ["a", "b"], "labels": [1, "1"]}), "'labels' has cells of the types int, str"),
+        (Dataset.from_dict({"text": ["a"]}).with_transform(lambda rows: rows), "data/train has a transform"),
+    ],
+)
+def test_what_is_no_table_in_memory(source, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_source(source)
+
+
+def test_formats_of_datasets_are_taken_off():
+    rows = Dataset.from_dict({"text": ["a"], "labels": [[1, 2]]})
+    assert read_source(rows.with_format("torch"))["train"][0]["labels"] == [1, 2]
+
+
+def test_formulas_of_excel_without_a_value(tmp_path):
+    book = openpyxl.Workbook()
+    for row in (("text", "labels"), ("a dog", "dog"), ("a cat", '="cat"')):
+        book.active.append(row)
+    book.save(tmp_path / "rows.xlsx")  # openpyxl computes nothing
+    with pytest.raises(ValueError, match="""rows.xlsx:3: column 'labels' has the formula '="cat"' and no value"""):
+        read_source(str(tmp_path / "rows.xlsx"))
 
 
 # The competition's own file

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from hf_mmclf import MMClfConfig
-from hf_mmclf.inference.predictions import atomic_file, prediction_lines, rows_of, write_predictions
+from hf_mmclf.inference.predictions import atomic_file, check_output, prediction_lines, rows_of, write_predictions
 
 NAMES = {0: "person", 1: "traffic light", 2: "dog"}
 # three labels, one, none, and all three exactly at the threshold 0.5
@@ -110,6 +110,15 @@ def test_other_suffixes_are_refused_before_anything_is_written(name, rows, tmp_p
     with pytest.raises(ValueError, match=r"\.csv or \.jsonl"):
         write_predictions(tmp_path / "new" / name, rows, SCORES, config_of())
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_found_before_any_work(tmp_path):
+    (tmp_path / "a.csv").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="a.csv is a folder; give the name of a file"):
+        check_output(tmp_path / "a.csv", (".csv",), overwrite=True)
+    with pytest.raises(FileExistsError, match="b.csv cannot be written, because file is a file"):
+        check_output(tmp_path / "file" / "more" / "b.csv", (".csv",))
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):

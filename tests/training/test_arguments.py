@@ -16,6 +16,12 @@ def test_dataclasses_work_from_python(tmp_path):
         (dict(threshold_beta=0.0), "beta is 0.0"),
         (dict(threshold_objective="precision", threshold_precision=90.0), "precision is 90.0"),
         (dict(threshold_shrinkage=-2.0), "threshold_shrinkage is -2.0; expected at least 0, or -1"),
+        (dict(cached_views=2), "--cached_views has no effect, because --cache_features is not given"),
+        (dict(cached_views=2, feature_cache_dir="x"), "--cached_views, --feature_cache_dir have no effect"),
+        (dict(positive_weight_cap=3.0), "--positive_weight_cap has no effect, because --positive_weight_power is 0"),
+        (dict(threshold_shrinkage=3.0), "--threshold_shrinkage has no effect, because --label_thresholds is not"),
+        (dict(threshold_precision=0.8), "--threshold_precision has no effect, because --threshold_objective is not"),
+        (dict(threshold_objective="precision", threshold_beta=2.0), "--threshold_beta has no effect"),
         (dict(metric_for_best_model="f2"), "metric_for_best_model is 'f2'"),
     ):
         with pytest.raises(ValueError, match=message):

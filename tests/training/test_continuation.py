@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_mmclf import Predictor, parse_arguments, train
-from hf_mmclf.data.prepare import DataArguments
+from hf_mmclf.data.arguments import DataArguments
 
 TINY = ["--max_steps", "2", "--dataloader_num_workers", "0", "--disable_tqdm", "true"]
 

@@ -58,6 +58,7 @@ def make(tiny_model, folder):
         given = {"dataloader_num_workers": 0, "use_cpu": True, "per_device_eval_batch_size": 2, **dict(flags)}
         args = MMClfTrainingArguments(
             str(folder / "output"),
+            cache_features=True,
             feature_cache_dir=str(folder / "cache"),
             dataloader_persistent_workers=False,
             **given,

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from hf_mmclf import MMClfForImageTextClassification, ModelArguments, parse_arguments, train
-from hf_mmclf.training.inputs import build_config, build_model
+from hf_mmclf.training.inputs import build_config, build_model, warn_of_idle
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat"]
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
@@ -103,4 +103,45 @@ def test_without_a_network_one_line_says_what_to_do(table, tmp_path, monkeypatch
     message = str(error.value)
     assert "'huawei-noah/TinyBERT_General_4L_312D' cannot be loaded" in message and "\n" not in message
     assert "HF_HUB_OFFLINE=1" in message and "--from_scratch" in message
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--preset", "demo-text", "--image_size", "32", "--flip", "0.1"], "--flip, because the model has no image"),
+        (["--preset", "demo-text", "--unfrozen_image_stages", "1"], "--unfrozen_image_stages, because"),
+        (
+            ["--preset", "demo", "--image_backbone", "none", "--color_jitter", "0.1"],
+            "--color_jitter, because the model",
+        ),
+        (["--preset", "demo-image", "--max_tokens", "16"], "--max_tokens, because the model has no text backbone"),
+        (["--preset", "demo-image", "--width", "64"], "--width, because the model has one backbone"),
+        (["--preset", "warmerdbert", "--fusion_heads", "2"], "--fusion_heads, because the fusion self has no such"),
+        (["--preset", "querybert", "--vocab_size", "99"], "--vocab_size, because the tokenizer is not trained"),
+        (["--image_backbone", "none"], None),  # the recipe of `demo` has an image size and a flip
+    ],
+)
+def test_arguments_of_a_part_that_the_model_does_not_have_are_named(flags, message, notices):
+    model_args, _, augmentation, _ = parse_arguments(flags)
+    warn_of_idle(build_config(model_args), model_args, augmentation)
+    found = " ".join(notices()).replace(" has no effect", "").replace(" have no effect", "")
+    assert message in found if message else "no effect" not in found
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--image_dir", "."], "--image_dir has no effect, because the embedded data set has no image files"),
+        (["--data", "t.csv", "--demo_rows", "9"], "--demo_rows has no effect, because --data has rows of its own"),
+        (["--data", "t.csv", "--shuffle_buffer", "9"], "--shuffle_buffer has no effect, because --streaming is not"),
+        (["--split_seed", "9"], "--split_seed has no effect, because the rows of validation are given"),
+        (["--test_fraction", "0.2"], "--test_fraction has no effect, because the rows of test are given"),
+    ],
+)
+def test_arguments_without_an_effect_are_refused(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text("text,labels\na,b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        train(*parse_arguments([*flags, "--preset", "demo-text", "--output_dir", "m"]))
     assert not (tmp_path / "m").exists()

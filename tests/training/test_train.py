@@ -325,7 +325,7 @@ def test_backbones_start_from_local_weights(table, tmp_path, capsys):
     torch.save(weights, tmp_path / "backbone.pth")
     flags = ["--from_scratch", "false", "--image_weights", str(tmp_path / "backbone.pth"), "--text_backbone", "none"]
     arguments = parse_arguments([*table_flags(table), *flags])
-    inputs = training_inputs.prepare_inputs(arguments[0], arguments[1], arguments[3])
+    inputs = training_inputs.prepare_inputs(*arguments)
     assert "image backbone: pretrained, backbone.pth" in capsys.readouterr().err
     loaded = inputs.model.image_model.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in weights.items())
@@ -333,7 +333,7 @@ def test_backbones_start_from_local_weights(table, tmp_path, capsys):
 
 def test_a_text_model_needs_no_image_files(table, tmp_path):
     arguments = parse_arguments([*table_flags(table), "--preset", "demo-text", "--image_dir", str(tmp_path)])
-    inputs = training_inputs.prepare_inputs(arguments[0], arguments[1], arguments[3])
+    inputs = training_inputs.prepare_inputs(*arguments)
     batch = inputs.preprocessing.collator(inputs.preprocessing.dataset(inputs.train_rows).__getitems__([0, 1]))
     assert not inputs.model.config.has_image and inputs.model(**batch).logits.shape == (2, 5)
 
@@ -448,7 +448,7 @@ def test_a_resumed_stream_under_accumulation_skips_the_batches_that_were_used(ta
     def fit(checkpoint=None):
         model_args, data_args, augmentation, args = parse_arguments(flags)
         set_seed(args.seed)
-        inputs = training_inputs.prepare_inputs(model_args, data_args, args)
+        inputs = training_inputs.prepare_inputs(model_args, data_args, augmentation, args)
         decoded.append(0)
         trainer = training._fit(inputs, augmentation, args, checkpoint)
         assert trainer.state.global_step == 4

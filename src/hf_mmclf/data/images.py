@@ -79,14 +79,15 @@ def image_paths(data: Dataset) -> list[str | bool | None]:
     return paths
 
 
-def image_groups(data: Dataset) -> list[Any]:
-    """Return a key of each row's image: its path, a digest of its bytes, or the row number if it is missing."""
+def image_groups(data: Dataset, folder: Path) -> list[Any]:
+    """Return a key of each row's image: its full path, a digest of its bytes, or the row number if it is missing."""
+    start = os.path.abspath(folder)
 
     def digest(row: int) -> bytes:
         return hashlib.blake2b(data[row]["image"]["bytes"], digest_size=16).digest()
 
     return [
-        digest(row) if path is True else row if path is None else os.path.normpath(path)
+        digest(row) if path is True else row if path is None else os.path.normpath(os.path.join(start, path))
         for row, path in enumerate(image_paths(data))
     ]
 

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import tokenize
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -75,19 +76,18 @@ def parse_label_column(
         `ValueError`: If a cell has none of these forms. The message names the row.
     """
     values = data[column][:]
-    empty = [row for row, value in enumerate(values) if _is_empty(value) or value == []] if empty_is_unknown else []
     feature = data.features[column]
     inner = getattr(feature, "feature", feature)
     if isinstance(inner, ClassLabel):
         rows = [_class_names(value, inner.names) for value in values]
-        return ParsedLabels(rows, dict.fromkeys(empty), "class indices")
+        return ParsedLabels(rows, _unknown(rows, empty_is_unknown), "class indices")
     found = delimiter or find_delimiter(values)
     rows, listed = _parse_cells(
         data, values, partial(_parse_cell, delimiter=found, bare=delimiter is None, known=known)
     )
     form = "lists" if listed else f"separated by {found!r}" if found else "separated by white space"
     if (row := _multi_hot(rows, listed)) is None:
-        return ParsedLabels(rows, dict.fromkeys(empty), form)
+        return ParsedLabels(rows, _unknown(rows, empty_is_unknown), form)
     if positions is None:
         raise ValueError(
             f"{data['where'][row]}: column {column!r} is {values[row]!r}, a multi-hot list, which does not name its "
@@ -100,7 +100,12 @@ def parse_label_column(
             f"{data['where'][wrong]}: column {column!r} is {values[wrong]!r}; expected a multi-hot list of "
             f"{len(positions)} entries, one for each label of --label_names_file"
         )
-    return _by_position(rows, positions, empty)
+    return _by_position(rows, positions, _unknown(rows, empty_is_unknown))
+
+
+def _unknown(rows: Sequence[Sequence[str]], empty_is_unknown: bool) -> dict[int, None]:
+    """Return the numbers of the rows whose labels are all unknown. `rows` has what their cells contain."""
+    return dict.fromkeys(row for row, entries in enumerate(rows) if not entries) if empty_is_unknown else {}
 
 
 def _parse_cells(data: Dataset, values: Sequence[Any], parse: Callable) -> tuple[list[list[str]], int]:
@@ -118,7 +123,7 @@ def _parse_cells(data: Dataset, values: Sequence[Any], parse: Callable) -> tuple
     return rows, listed
 
 
-def _by_position(rows: Sequence[Sequence[str]], positions: Sequence[str], empty: Sequence[int]) -> ParsedLabels:
+def _by_position(rows: Sequence[Sequence[str]], positions: Sequence[str], empty: Mapping[int, None]) -> ParsedLabels:
     """Name the labels of multi-hot lists. An empty cell has no entries."""
     found = {
         kind: [
@@ -129,7 +134,7 @@ def _by_position(rows: Sequence[Sequence[str]], positions: Sequence[str], empty:
     }
     unknown = {row: labels for row, labels in enumerate(found[None]) if labels}
     form = "multi-hot lists in the order of --label_names_file"
-    return ParsedLabels(found[True], {**unknown, **dict.fromkeys(empty)}, form)
+    return ParsedLabels(found[True], {**unknown, **empty}, form)
 
 
 def _is_multi_hot(marks: Sequence[str], length: int) -> bool:
@@ -233,6 +238,8 @@ def parse_indicator_columns(data: Dataset, columns: Sequence[str], empty_is_unkn
     Raises:
         `ValueError`: If a cell is neither 0, 1 nor -1. The message names the row.
     """
+    if repeated := [column for column, count in Counter(columns).items() if count > 1]:
+        raise ValueError(f"--label_columns names {repeated[0]!r} twice")
     labels: list[list[str]] = [[] for _ in range(len(data))]
     unknown: dict[int, list[str] | None] = {}
     for column in columns:
@@ -249,9 +256,14 @@ def parse_indicator_columns(data: Dataset, columns: Sequence[str], empty_is_unkn
     return ParsedLabels(labels, unknown, "a column each")
 
 
+def has_text(values: Iterable[Any]) -> bool:
+    """Return whether any cell is a text other than a list that is written as text."""
+    return any(isinstance(value, str) and value.strip() and not LISTED.fullmatch(value) for value in values)
+
+
 def find_delimiter(values: Iterable[Any]) -> str | None:
     """Return the first of `|`, `;` and `,` that occurs in any text; `None`, for white space, if none does."""
-    texts = [value for value in values if isinstance(value, str) and not LISTED.fullmatch(value)]
+    texts = [value for value in values if has_text([value])]
     marks = {mark for text in texts for mark in "|;," if mark in text}
     return next((mark for mark in "|;," if mark in marks), None)
 
@@ -304,6 +316,14 @@ class LabelSet:
         ordered = tuple(sorted(ids, key=lambda label: (float(label) if numeric else 0, label)))
         return cls(ordered, tuple(names.get(label, label) for label in ordered))
 
+    def check_names(self, names_file: str | None) -> None:
+        """Raise `ValueError` if a file of names has other labels or other names than this set."""
+        own = dict(zip(self.ids, self.names, strict=True))
+        for label, name in (read_names(names_file) if names_file else {}).items():
+            if own.get(label) != name and name not in own:
+                has = f"has the name {own[label]!r} for it" if label in own else f"has {', '.join(self.ids)}"
+                raise ValueError(f"{names_file}: the label {label!r} with the name {name!r}, but the model {has}")
+
     def encode(
         self, rows: Sequence[Sequence[str]], where: Sequence[str], unknown: Mapping[int, Any] | None = None
     ) -> np.ndarray:
@@ -342,11 +362,16 @@ class LabelSet:
 def read_names(file: str) -> dict[str, str]:
     """Read a JSON file with an object from label to name. Raises `ValueError` if it is something else."""
     try:
-        names = json.loads(Path(file).read_text(encoding="utf-8"))
+        pairs = json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=list)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: not JSON: {error}") from None
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+    is_object = isinstance(pairs, list) and pairs and all(isinstance(pair, tuple) for pair in pairs)
+    if not is_object or not all(isinstance(name, str) for _, name in pairs):
         raise ValueError(f'{file}: expected a JSON object such as {{"1": "person"}}')
-    if len(set(names.values())) != len(names):
-        raise ValueError(f"{file}: two labels have the same name")
-    return names
+    for what, values in zip(("label", "name"), zip(*pairs, strict=True), strict=True):
+        if not all(map(str.strip, values)):
+            raise ValueError(f"{file}: a {what} is empty")
+        value, count = Counter(values).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{file}: the {what} {value!r} is there twice")
+    return dict(pairs)

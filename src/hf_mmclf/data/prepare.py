@@ -2,9 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +11,14 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Image
 from transformers.utils import logging
 
+from .arguments import DataArguments, check_effects, check_splits, refuse_idle
 from .demo import DEMO_LABELS, demo_dataset
-from .images import check_images, image_paths
+from .images import check_images, image_groups, image_paths
 from .labels import (
     LabelSet,
     ParsedLabels,
     find_delimiter,
+    has_text,
     parse_indicator_columns,
     parse_label_column,
     read_names,
@@ -31,84 +32,6 @@ logger = logging.get_logger(__name__)
 IMAGE_COLUMNS = ("image", "ImageID", "file_name", "image_path", "path", "filename")
 TEXT_COLUMNS = ("text", "Caption", "caption", "sentence")
 LABEL_COLUMNS = ("labels", "Labels", "label")
-
-
-@dataclasses.dataclass
-class DataArguments:
-    """
-    Where the rows come from, and how they are read and split.
-
-    Args:
-        data (`str`, *optional*):
-            A table (.csv, .tsv, .jsonl, .json, .parquet, .xlsx, also .csv.gz), a folder, or a data set on the Hub. By
-            default, the embedded data set. From Python, also a pandas or `datasets` object.
-        demo_rows (`int`, *optional*, defaults to 3000):
-            Number of rows of the embedded data set.
-        validation_data (`str`, *optional*):
-            Validation rows, if they are in a place of their own.
-        test_data (`str`, *optional*):
-            Test rows, if they are in a place of their own.
-        image_dir (`str`, *optional*):
-            The folder to which image names are relative. By default, the folder of the table.
-        image_column (`str`, *optional*):
-            The column of images, or none to go without. By default, the first that exists of image, ImageID,
-            file_name, image_path, path, filename.
-        text_column (`str`, *optional*):
-            The column of texts, or none to go without. By default, the first that exists of text, Caption, caption,
-            sentence.
-        label_column (`str`, *optional*):
-            The column of labels. By default, the first that exists of labels, Labels, label.
-        label_columns (`list[str]`, *optional*):
-            Columns of 0 and 1, one for each label, in place of a label column. A cell of -1 is an unknown label.
-        label_delimiter (`str`, *optional*):
-            The separator of labels in a cell. By default, the first of | ; , that occurs in the label column,
-            otherwise white space.
-        empty_is_unknown (`bool`, *optional*, defaults to `False`):
-            An empty label cell means that the labels are unknown. By default, it means that there is no label.
-        label_names_file (`str`, *optional*):
-            A JSON file with an object from label to name, such as {"1": "person"}. It fixes the set of labels, and
-            its order is that of multi-hot lists.
-        validation_fraction (`float`, *optional*, defaults to 0.1):
-            Share of the training rows that become validation rows when no validation rows are given.
-        test_fraction (`float`, *optional*, defaults to 0.1):
-            Share of the training rows that become test rows when neither validation nor test rows are given.
-        split_seed (`int`, *optional*, defaults to 0):
-            Seed of the stratified split.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Read the training rows one after another and never keep all of them. Needs --max_steps.
-        shuffle_buffer (`int`, *optional*, defaults to 1000):
-            Number of rows in the buffer that shuffles a stream.
-        validation_rows (`int`, *optional*, defaults to 0):
-            Number of rows at the beginning of a stream that become validation rows.
-        bad_images (`str`, *optional*, defaults to `"error"`):
-            What happens if an image cannot be read: error stops, skip leaves the row out, missing keeps the row
-            without its image.
-        pixel_limit (`float`, *optional*, defaults to 100.0):
-            Images with more megapixels count as images that cannot be read. Pillow has a limit of 178 of its own.
-    """
-
-    _argument_group_name = "data"
-
-    data: str | None = None
-    demo_rows: int = 3000
-    validation_data: str | None = None
-    test_data: str | None = None
-    image_dir: str | None = None
-    image_column: str | None = None
-    text_column: str | None = None
-    label_column: str | None = None
-    label_columns: list[str] | None = None
-    label_delimiter: str | None = None
-    empty_is_unknown: bool = False
-    label_names_file: str | None = None
-    validation_fraction: float = 0.1
-    test_fraction: float = 0.1
-    split_seed: int = 0
-    streaming: bool = False
-    shuffle_buffer: int = 1000
-    validation_rows: int = 0
-    bad_images: Literal["error", "skip", "missing"] = "error"
-    pixel_limit: float = 100.0
 
 
 @dataclasses.dataclass
@@ -160,13 +83,14 @@ def prepare_data(
         `FileNotFoundError`: If image files do not exist.
     """
     folder = image_folder(args)
-    known = DEMO_LABELS if sources is None and args.data is None else ()
+    is_new, is_streamed = labels is None, args.streaming and sources is not None
+    check_effects(args, sources is not None and not is_streamed, is_streamed, uses_image, with_labels)
     is_read, sources = sources is None, sources or _read_sources(args)
-    if labels is None and "train" not in sources:
-        raise ValueError(f"no training rows; the source has only {', '.join(sources)}")
+    check_splits(args, sources, is_new)
     args = _same_columns(sources, args)
     parsed = _parse_labels(sources, args, labels.ids if labels else ()) if with_labels else {}
-    label_set = labels or _collect_labels(sources, parsed, args, known)
+    label_set = labels or _collect_labels(sources, parsed, args, DEMO_LABELS if is_read and args.data is None else ())
+    label_set.check_names(args.label_names_file)
     splits, bad_images = {}, []
     for name, source in sources.items():
         split = _standardize(source, args, name, uses_image, uses_text)
@@ -178,11 +102,12 @@ def prepare_data(
         _check_modalities(split, uses_image, uses_text)
         splits[name] = split
     rows, how = splits, "given"
-    if labels is None:
+    if is_new:
         fractions = args.validation_fraction, args.test_fraction
-        splits, how = split_rows(splits, references_of(splits["train"]), *fractions, args.split_seed)
+        splits, how = split_rows(splits, references_of(splits["train"]), *fractions, args.split_seed, folder)
     if is_read and args.data is not None:
-        _say_what_was_found(sources, rows, parsed, args)
+        _say_what_was_found(sources, parsed, args, ["image"] * uses_image + ["text"] * uses_text)
+        _warn_of_labels(sources, rows, parsed, folder)
         warn_of_shared_rows(splits, folder, uses_image)
     return PreparedData(DatasetDict(splits), label_set, folder, how, bad_images)
 
@@ -231,7 +156,7 @@ def read_given_splits(args: DataArguments, taken: Collection[str]) -> dict[str, 
 def _relative_to(data: Dataset, args: DataArguments, own: Path) -> Dataset:
     """Make image names that are relative to the folder `own` relative to the folder of all images."""
     folder, column = image_folder(args), _column(data, args, "image")
-    if own == folder or column is None or isinstance(data.features[column], Image):
+    if own == folder or column is None or _is_encoded(data, column):
         return data
     names = [name and os.path.relpath(own / str(name), folder) for name in data[column][:]]
     return with_columns(data, {column: names})
@@ -276,10 +201,6 @@ def _same_columns(sources: dict[str, Dataset], args: DataArguments) -> DataArgum
 
 
 def _parse_labels(sources: dict[str, Dataset], args: DataArguments, known: Collection[str]) -> dict[str, ParsedLabels]:
-    if args.label_columns and args.label_column:
-        raise ValueError("--label_column and --label_columns are both given; leave one out")
-    if args.label_delimiter == "":
-        raise ValueError("--label_delimiter is empty; leave it out for white space")
     columns = _label_columns(sources, args)
     if args.label_columns:
         return {
@@ -287,7 +208,10 @@ def _parse_labels(sources: dict[str, Dataset], args: DataArguments, known: Colle
             for name, found in columns.items()
         }
     # All splits have one delimiter, also those in which it does not occur.
-    cells = (value for name, [column] in columns.items() for value in sources[name][column][:])
+    cells = [value for name, [column] in columns.items() for value in sources[name][column][:]]
+    if args.label_delimiter and not args.streaming:  # a batch of a stream may have no text
+        is_text = has_text(cells) or not any(cells)
+        refuse_idle(["label_delimiter"], [(is_text, ["label_delimiter"], "the labels are not delimited text")])
     delimiter = args.label_delimiter or find_delimiter(cells)
     positions = list(read_names(args.label_names_file)) if args.label_names_file else None
     return {
@@ -297,22 +221,33 @@ def _parse_labels(sources: dict[str, Dataset], args: DataArguments, known: Colle
 
 
 def _say_what_was_found(
-    sources: dict[str, Dataset], splits: dict[str, Dataset], parsed: dict[str, ParsedLabels], args: DataArguments
+    sources: dict[str, Dataset],
+    parsed: dict[str, ParsedLabels],
+    args: DataArguments,
+    parts: Sequence[str],
 ) -> None:
-    """Log the columns that were chosen, and warn of labels that look wrong."""
+    """Log the columns that were chosen."""
     first = next(iter(sources.values()))
-    chosen = [f"{part} {_column(first, args, part)!r}" for part in ("image", "text") if _column(first, args, part)]
+    chosen = [f"{part} {_column(first, args, part)!r}" for part in parts if _column(first, args, part)]
     for name, labels in list(parsed.items())[:1]:
         columns = _label_columns({name: sources[name]}, args)[name]
         chosen.append(f"labels {', '.join(map(repr, columns[:5]))}{', ...' if columns[5:] else ''} ({labels.form})")
     logger.info(f"Columns: {', '.join(chosen)}")
+
+
+def _warn_of_labels(
+    sources: dict[str, Dataset], splits: dict[str, Dataset], parsed: dict[str, ParsedLabels], folder: Path
+) -> None:
     for name, labels in parsed.items():
-        keys = [
-            os.path.normpath(path) if isinstance(path, str) else text if path is None else None
-            for path, text in zip(image_paths(splits[name]), splits[name]["text"][:], strict=True)
+        rows = splits[name]
+        texts, paths = rows["text"][:], image_paths(rows)
+        groups = [
+            text if path is None else group
+            for group, path, text in zip(image_groups(rows, folder), paths, texts, strict=True)
         ]
+        shown = [path if isinstance(path, str) else text for path, text in zip(paths, texts, strict=True)]
         warnings = label_warnings(labels.rows, sources[name]["where"][:])
-        for warning in [*warnings, *contradictions(keys, references_of(splits[name]), splits[name]["where"][:])]:
+        for warning in [*warnings, *contradictions(groups, shown, references_of(rows), rows["where"][:])]:
             logger.warning(f"  {name} rows: {warning}")
 
 
@@ -353,11 +288,18 @@ def _standardize(data: Dataset, args: DataArguments, split: str, uses_image: boo
     image = _column(data, args, "image", needed_by=split if uses_image else None)
     text = _column(data, args, "text", needed_by=split if uses_text else None)
     texts = _strings(data, text) if text else pa.nulls(len(data), pa.string())
-    if image is not None and isinstance(data.features[image], Image):  # the bytes stay where they are
+    if image is not None and _is_encoded(data, image):  # the bytes stay where they are
         table = data.select_columns([image, "where"]).cast_column(image, Image(decode=False))
         return with_columns(table.rename_column(image, "image") if image != "image" else table, {"text": texts})
     names = _strings(data, image, convert=True) if image else pa.nulls(len(data), pa.string())
     return from_arrow(pa.table({"image": names, "text": texts, "where": _arrow(data, "where")}))
+
+
+def _is_encoded(data: Dataset, column: str) -> bool:
+    """Return whether the cells of a column are images or their bytes, and not names."""
+    kind = data.features.arrow_schema.field(column).type
+    fields = {field.name for field in kind} if pa.types.is_struct(kind) else set()
+    return fields == {"bytes", "path"} or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _arrow(data: Dataset, column: str) -> pa.ChunkedArray:

@@ -80,7 +80,7 @@ def _iterative_stratification(labels: np.ndarray, shares: np.ndarray, rng: np.ra
 
 
 def split_rows(
-    splits: Mapping[str, Dataset], labels: np.ndarray, validation: float, test: float, seed: int
+    splits: Mapping[str, Dataset], labels: np.ndarray, validation: float, test: float, seed: int, folder: Path
 ) -> tuple[dict[str, Dataset], str]:
     """
     Take validation rows, and test rows if no split is given, from the training rows. Given splits stay.
@@ -90,6 +90,7 @@ def split_rows(
         labels (`np.ndarray` of shape `(rows, labels)`): Multi-hot labels of the training rows.
         validation, test (`float`): The shares of the validation rows and the test rows.
         seed (`int`): Seed of the split.
+        folder (`Path`): The folder to which image names are relative.
 
     Returns:
         `tuple[dict[str, Dataset], str]`: The splits, and how they were made, in words.
@@ -103,7 +104,7 @@ def split_rows(
         raise ValueError(f"--validation_fraction is {validation}; validation rows choose the threshold")
     shares = {"validation": validation} | ({} if "test" in splits else {"test": test})
     train = splits["train"]
-    groups = image_groups(train)
+    groups = image_groups(train, folder)
     parts = stratified_split(labels > 0, [1 - sum(shares.values()), *shares.values()], seed, groups)
     found = dict(zip(["train", *shares], parts, strict=True))
     if empty := [name for name, rows in found.items() if len(rows) == 0 and shares.get(name, 1) > 0]:

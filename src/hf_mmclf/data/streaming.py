@@ -14,18 +14,11 @@ import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, load_dataset
 from transformers.utils import logging
 
+from .arguments import DataArguments
 from .collator import Collator, RowTransform
 from .labels import LabelSet, find_delimiter
-from .prepare import (
-    IMAGE_COLUMNS,
-    LABEL_COLUMNS,
-    DataArguments,
-    PreparedData,
-    no_label_column,
-    prepare_data,
-    read_given_splits,
-)
-from .tables import SPLIT_NAMES, TABLE_SUFFIXES, find_column, with_columns
+from .prepare import IMAGE_COLUMNS, LABEL_COLUMNS, PreparedData, no_label_column, prepare_data, read_given_splits
+from .tables import TABLE_SUFFIXES, find_column, find_splits, with_columns
 
 logger = logging.get_logger(__name__)
 STREAMED = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
@@ -125,9 +118,8 @@ def _open(source: str | None) -> dict[str, IterableDataset]:
     else:
         found = load_dataset(source, streaming=True)
     return {  # images are decoded when batches are made
-        SPLIT_NAMES[name]: stream.decode(False) if stream.features else stream
-        for name, stream in found.items()
-        if name in SPLIT_NAMES
+        split: found[name].decode(False) if found[name].features else found[name]
+        for split, name in find_splits({name: name for name in found}, source).items()
     }
 
 

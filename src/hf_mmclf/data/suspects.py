@@ -1,13 +1,15 @@
 """Labels that look wrong. They are used as they are, and each kind gives one warning with examples."""
 
+import html
 import re
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-MISSING = {"nan", "none", "null", "n/a", "na", "<na>", "#n/a", "nil"}
-MARKS = "#/+&:~\\|;,"  # characters that separate labels in some tables
+MISSING = {"nan", "none", "null", "n/a", "na", "<na>", "#n/a", "nil", "?", "-", "--", ".", "unknown", "undefined"}
+MARKS = "#/+&:~\\|;,，；｜、"  # characters that separate labels in some tables
 SHOWN = 3  # examples in one warning
 
 
@@ -38,13 +40,24 @@ def label_warnings(rows: Iterable[Sequence[str]], where: Sequence[str]) -> list[
     if alike := [shown(labels) for labels in _spellings(counts) if len(labels) > 1]:
         some = "; ".join(alike[:SHOWN])
         warnings.append(f"these labels look like spellings of one label: {some}; {len(alike):,} such groups in all")
-    for mark in MARKS:
-        joined = [label for label in counts if mark in label.strip(mark)]
-        if joined and len({part.strip() for label in counts for part in label.split(mark)}) < len(counts):
-            some = f"{len(joined):,} of {len(counts):,} labels"
-            advice = f"if it separates labels, give --label_delimiter '{mark}'"
-            warnings.append(f"{some} contain {mark!r}, such as {shown(joined)}; {advice}")
+    if len(set(map(len, counts))) == 1 and all(map(re.compile("[01]{3,}").fullmatch, counts)):
+        warnings.append(
+            f"these labels look like multi-hot lists without separators: {shown(list(counts))}; write them as lists, "
+            "[1, 0, 0, 1], and name their labels by --label_names_file"
+        )
+    for mark, joined in _joined(counts):
+        some = f"{len(joined):,} of {len(counts):,} labels"
+        advice = f"if it separates labels, give --label_delimiter '{mark}'"
+        warnings.append(f"{some} contain {mark!r}, such as {shown(joined)}; {advice}")
     return warnings
+
+
+def _joined(labels: Collection[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each character that seems to separate labels inside of labels, and the labels that contain it."""
+    for mark in MARKS:
+        joined = [label for label in labels if mark in label.strip(mark)]
+        if joined and len({part.strip() for label in labels for part in label.split(mark)}) < len(labels):
+            yield mark, joined
 
 
 def _is_piece(label: str) -> bool:
@@ -53,19 +66,30 @@ def _is_piece(label: str) -> bool:
 
 
 def _spellings(labels: Iterable[str]) -> Iterable[list[str]]:
-    """Group labels that differ only in case, blanks, underscores and hyphens."""
+    """Group labels that differ only in how they are written."""
     groups = defaultdict(list)
     for label in labels:
-        groups[re.sub(r"[\s_-]+", "", label.casefold())].append(label)
+        groups[_plain(label)].append(label)
     return groups.values()
 
 
-def contradictions(keys: Sequence[str | None], labels: np.ndarray, where: Sequence[str]) -> list[str]:
+def _plain(label: str) -> str:
+    """Return a label without case, blanks, invisible characters, hyphens and quotes; a number in its usual form."""
+    plain = unicodedata.normalize("NFKC", html.unescape(label)).casefold()
+    visible = "".join(letter for letter in plain if unicodedata.category(letter) != "Cf")
+    plain = re.sub(r"[\s_\-'\"`“”‘’«»]+", "", visible) or label
+    return f"{float(visible):g}" if re.fullmatch(r"\d{1,15}(\.\d{1,15})?", visible.strip()) else plain
+
+
+def contradictions(
+    keys: Sequence[Hashable], names: Sequence[str | None], labels: np.ndarray, where: Sequence[str]
+) -> list[str]:
     """
     Describe rows of one image, or of one text without an image, that have different labels.
 
     Args:
-        keys (`Sequence[str]`): The name of each row's image or its text, `None` for rows to leave out.
+        keys (`Sequence`): What is equal for rows that should agree; `None` for rows to leave out.
+        names (`Sequence[str]`): The name of each row's image, or its text.
         labels (`np.ndarray` of shape `(rows, labels)`): Multi-hot labels.
         where (`Sequence[str]`): The names of the rows.
     """
@@ -75,5 +99,5 @@ def contradictions(keys: Sequence[str | None], labels: np.ndarray, where: Sequen
             differing.setdefault(key, row)
     if not differing:
         return []
-    shown = [f"{key!r} ({where[seen[key]]} and {where[row]})" for key, row in list(differing.items())[:SHOWN]]
+    shown = [f"{names[row]!r} ({where[seen[key]]} and {where[row]})" for key, row in list(differing.items())[:SHOWN]]
     return [f"{len(differing):,} images or texts occur with different labels: {', '.join(shown)}"]

@@ -14,9 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, concatenate_datasets, load_dataset, load_from_disk
+from PIL import Image as PILImage
 from transformers.utils import logging
 
 from .csv_files import LineError, csv_readers, read_lines
@@ -24,10 +26,10 @@ from .reachability import check_reachable
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
 ROWS_AT_ONCE = 1_000  # Python objects for a whole table would need several times the memory of its columns
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    "test": "test",
+SPLITS = {  # and their names, in any case
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
 }
 logger = logging.get_logger(__name__)
 Source = str | Path | pd.DataFrame | Dataset | DatasetDict
@@ -51,14 +53,16 @@ def read_source(source: Source) -> DatasetDict:
         `ValueError`: If the source does not exist, or if a row cannot be read.
     """
     if isinstance(source, pd.DataFrame):
-        frame = source.rename(columns=str)
-        return DatasetDict(train=with_where(Dataset.from_pandas(frame, preserve_index=False), "data"))
-    if isinstance(source, Dataset):
+        source = _from_pandas(source)
+    if isinstance(source, Dataset | DatasetDict):
         return DatasetDict(_as_splits(source, "data"))
-    path = Path(source) if isinstance(source, str | Path) else None
-    if path is None:
-        splits = _as_splits(source, "data")
-    elif path.is_file():
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"data is a {type(source).__name__}; expected a path, a name on the Hub, a pandas.DataFrame, a "
+            "datasets.Dataset or a datasets.DatasetDict"
+        )
+    path = Path(source)
+    if path.is_file():
         splits = {"train": read_table(path)}
     elif path.is_dir():
         splits = _read_folder(path)
@@ -184,11 +188,19 @@ def _excel_rows(path: Path) -> Iterator[tuple[int, dict]]:
         raise ImportError(f"{path}: Excel files need openpyxl; run `pip install 'hf_mmclf[excel]'`")
     try:
         sheets = pd.read_excel(path, sheet_name=None, dtype=object, keep_default_na=False, na_values=[""])
+        formulas = pd.read_excel(path, dtype=str, keep_default_na=False, engine_kwargs={"data_only": False})
     except Exception as error:  # zip, XML and openpyxl have errors of their own
         raise ValueError(f"{path}: cannot be read as Excel: {error}") from None
     name, sheet = next(iter(sheets.items()))
     if len(sheets) > 1:
         logger.info(f"{path.name}: the sheet {name!r} is read, {len(sheets) - 1} more are left out")
+    if (empty := (sheet.isna() & formulas.map(lambda cell: cell.startswith("="))).to_numpy()).any():
+        row, column = np.argwhere(empty)[0]
+        name, formula = str(sheet.columns[column]), formulas.iat[row, column]
+        raise ValueError(
+            f"{path.name}:{row + 2}: column {name!r} has the formula {formula!r} and no value; open the file in "
+            "Excel and save it, which computes the values"
+        )
     for column in sheet:  # Excel stores "1" among other texts as a number
         if len({isinstance(value, str) for value in sheet[column].dropna()}) > 1:
             sheet[column] = sheet[column].map(str, na_action="ignore")
@@ -199,26 +211,55 @@ def _excel_rows(path: Path) -> Iterator[tuple[int, dict]]:
 def _read_folder(path: Path) -> dict[str, Dataset]:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _as_splits(load_from_disk(str(path)), path.name)
-    splits = {}
-    for stem, split in SPLIT_NAMES.items():
-        for file in [*_tables(path, stem), *_tables(path / stem, "metadata")]:
-            if split in splits:
-                raise ValueError(f"{path}: more than one table for the split {split!r}, such as {file}")
-            splits[split] = read_table(file)
-            if file.parent != path:  # names are relative to the folder of the split
-                splits[split] = _prefixed(splits[split], stem)
-    for file in [] if splits else _tables(path, "metadata"):
-        splits["train"] = read_table(file)
-    if not splits:
+    tables = {file.name: file for file in sorted(path.iterdir()) if table_suffix(file) in TABLE_SUFFIXES}
+    inside = [file for file in sorted(path.glob("*/[mM]etadata.*")) if table_suffix(file) in TABLE_SUFFIXES]
+    tables |= {f"{file.parent.name}/{file.name}": file for file in inside}
+    stems = {name: name.split("/" if "/" in name else ".")[0] for name in tables}
+    if not any(map(_split_of, stems.values())):  # one table for the whole folder
+        stems = {name: "train" if stem.lower() == "metadata" else stem for name, stem in stems.items()}
+    if not any(map(_split_of, stems.values())):
+        found = f"; its tables are {', '.join(tables)}" if tables else ""
         raise ValueError(
-            f"{path}: nothing to read; expected metadata.csv, or train.csv (validation.csv, test.csv), "
-            "or a data set written by save_to_disk"
+            f"{path}: nothing to read; expected metadata.csv, or train.csv (validation.csv, test.csv), or a data set "
+            f"written by save_to_disk{found}"
         )
+    splits = {}
+    for split, name in find_splits(stems, str(path)).items():
+        splits[split] = read_table(tables[name])
+        if tables[name].parent != path:  # names are relative to the folder of the split
+            splits[split] = _prefixed(splits[split], tables[name].parent.name)
     return splits
 
 
-def _tables(folder: Path, stem: str) -> list[Path]:
-    return [file for file in sorted(folder.glob(f"{stem}.*")) if table_suffix(file) in TABLE_SUFFIXES]
+def _split_of(name: str) -> str | None:
+    return next((split for split, names in SPLITS.items() if name.lower() in names), None)
+
+
+def find_splits(names: Mapping[str, str], source: str) -> dict[str, str]:
+    """
+    Find the splits of a source. Parts of it that are none are said to be left out.
+
+    Args:
+        names (`Mapping[str, str]`): The name of each part, by a description of the part.
+        source (`str`): The name of the source.
+
+    Returns:
+        `dict[str, str]`: The description of each split that the source has, by `train`, `validation` and `test`.
+
+    Raises:
+        `ValueError`: If no part is a split, or if several are the same one.
+    """
+    found = {split: [part for part, name in names.items() if _split_of(name) == split] for split in SPLITS}
+    several = {split: parts for split, parts in found.items() if len(parts) > 1}
+    if several or not any(found.values()):
+        wrong = "; ".join(f"{' and '.join(parts)} are both {split!r}" for split, parts in several.items())
+        raise ValueError(
+            f"{source!r} has the splits {', '.join(names)}; {wrong or 'none of them has a known name'}. Expected "
+            f"{'; '.join(' or '.join(known) for known in SPLITS.values())}, each once"
+        )
+    if others := [part for part, name in names.items() if _split_of(name) is None]:
+        logger.warning(f"{source}: left out, because it is no split: {', '.join(others)}")
+    return {split: parts[0] for split, parts in found.items() if parts}
 
 
 def _prefixed(table: Dataset, folder: str) -> Dataset:
@@ -233,12 +274,35 @@ def _prefixed(table: Dataset, folder: str) -> Dataset:
 def _as_splits(data: Dataset | DatasetDict, source: str) -> dict[str, Dataset]:
     if isinstance(data, Dataset):
         data = {"train": data}
-    names = [name for name in data if name in SPLIT_NAMES]
-    if not names or len({SPLIT_NAMES[name] for name in names}) < len(names):
-        raise ValueError(
-            f"{source!r} has the splits {list(data)}; expected some of {', '.join(SPLIT_NAMES)}, each once"
-        )
-    return {SPLIT_NAMES[name]: with_where(data[name], f"{source}/{name}") for name in names}
+    found = find_splits({name: name for name in data}, source)
+    for name in found.values():
+        if data[name].format["type"] == "custom":
+            raise ValueError(
+                f"{source}/{name} has a transform, which would not be applied; apply it to the rows by map(), or "
+                "remove it by reset_format()"
+            )
+        if not len(data[name]):
+            raise ValueError(f"{source}/{name}: no rows")
+    return {split: with_where(data[name].with_format(None), f"{source}/{name}") for split, name in found.items()}
+
+
+def _from_pandas(frame: pd.DataFrame) -> Dataset:
+    """Convert a table of pandas. Images of Pillow become encoded images."""
+    frame = frame.rename(columns=str)
+    if not frame.columns.is_unique or not len(frame.columns):
+        raise ValueError(f"data: expected columns with different names, got {list(frame.columns)}")
+    columns = []
+    for name, cells in frame.items():
+        try:
+            if any(isinstance(cell, PILImage.Image) for cell in cells):
+                images = [None if isinstance(cell, float) else cell for cell in cells]  # NaN is no image
+                columns.append(Dataset.from_dict({name: images}, Features({name: Image()})))
+            else:
+                columns.append(Dataset.from_pandas(cells.to_frame(), preserve_index=False))
+        except (pa.ArrowException, TypeError) as error:
+            kinds = sorted({type(cell).__name__ for cell in cells})
+            raise ValueError(f"data: column {name!r} has cells of the types {', '.join(kinds)}: {error}") from None
+    return concatenate_datasets(columns, axis=1)
 
 
 def with_where(data: Dataset, name: str) -> Dataset:

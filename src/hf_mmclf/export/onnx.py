@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 from torchvision.transforms.v2.functional import to_pil_image
 from transformers import PreTrainedTokenizerBase
 
+from ..data.arguments import DataArguments
 from ..data.demo import DEMO_LABELS
 from ..data.images import open_image
-from ..data.prepare import DataArguments
 from ..evaluation.report import format_table, scores_of
 from ..inference.predictor import Predictor
 from ..inference.quiet import without_message

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.prepare import DataArguments, presence, references_of
+from ..data.arguments import DataArguments
+from ..data.prepare import presence, references_of
 from ..evaluation.bootstrap import paired_difference
 from ..evaluation.report import absent_labels, format_table, warning_text
 from .predictor import Predictor

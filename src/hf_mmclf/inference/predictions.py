@@ -71,6 +71,10 @@ def check_output(
     """
     check_suffix(path, suffixes)
     file = Path(path).resolve()
+    if file.is_dir():
+        raise FileExistsError(f"{path} is a folder; give the name of a file by --output")
+    if parent := next((folder for folder in file.parents if folder.is_file()), None):
+        raise FileExistsError(f"{path} cannot be written, because {parent.name} is a file; give another --output")
     if not file.exists():
         return
     if any(file.is_relative_to(Path(given).resolve()) for given in inputs if given is not None):

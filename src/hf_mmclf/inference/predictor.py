@@ -16,9 +16,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
+from ..data.arguments import DataArguments
 from ..data.collator import Preprocessing
 from ..data.labels import LabelSet
-from ..data.prepare import DataArguments, PreparedData, prepare_data, presence, references_of
+from ..data.prepare import PreparedData, prepare_data, presence, references_of
 from ..data.splits import row_digests
 from ..evaluation.ablation import REMOVED, ablation_figures, shuffled_texts
 from ..evaluation.report import report, scores_of
@@ -176,6 +177,7 @@ class Predictor:
         """Return the split in which training had each row, as `splits.csv` records it; `None` for other rows."""
         file = self.folder / "splits.csv"
         if not file.is_file():
+            logger.info(f"{file} is not there, so nobody knows which rows are those of training")
             return [None] * len(rows)
         recorded = _read_splits(file)
         if recorded and "digest" not in recorded[0]:  # written by version 0.1

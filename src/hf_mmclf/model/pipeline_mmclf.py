@@ -346,9 +346,11 @@ def _check_parts(source: str, config: MMClfConfig, processor: Any, hub: Mapping[
         raise ValueError(f"{source}: no settings in preprocessor_config.json; copy or download the folder again")
     if config.has_text and (tokenizer is None or set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)):
         raise ValueError(f"{source}: no tokenizer.json or tokenizer_config.json; copy or download the folder again")
-    if config.has_text and len(tokenizer) > config.text_config.vocab_size:
+    vocab_size = config.text_config.vocab_size if config.has_text else 0
+    # A vocabulary may be a little larger than its tokenizer, for example a multiple of 64.
+    if config.has_text and not 0.9 * vocab_size - 64 <= len(tokenizer) <= vocab_size:
         raise ValueError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens, the text backbone {config.text_config.vocab_size}; "
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, the text backbone {vocab_size}; "
             "its files are those of another model"
         )
 

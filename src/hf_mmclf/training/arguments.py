@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 
 from hf_mmclf_cli import did_you_mean
 
+from ..data.arguments import DataArguments, changed_fields, refuse_idle
 from ..data.augmentation import AugmentationArguments
-from ..data.prepare import DataArguments
 from ..model.configuration_mmclf import MMClfConfig
 
 ARCHITECTURE = [field for field in dataclasses.fields(MMClfConfig) if field.metadata.get("flag")]
@@ -254,6 +254,15 @@ class MMClfTrainingArguments(TrainingArguments):
             raise ValueError(f"cached_views is {self.cached_views}; expected at least 1")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be off: the transforms read columns that the model does not")
+        aims_at_precision = self.threshold_objective == "precision"
+        rules = [
+            (self.cache_features, ["cached_views", "feature_cache_dir"], "--cache_features is not given"),
+            (self.positive_weight_power > 0, ["positive_weight_cap"], "--positive_weight_power is 0"),
+            (self.label_thresholds, ["threshold_shrinkage"], "--label_thresholds is not given"),
+            (aims_at_precision, ["threshold_precision"], "--threshold_objective is not precision"),
+            (not aims_at_precision, ["threshold_beta"], "--threshold_objective precision has no beta"),
+        ]
+        refuse_idle(changed_fields(self), rules)
 
     @property
     def counts_labels(self) -> bool:

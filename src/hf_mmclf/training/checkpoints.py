@@ -31,6 +31,7 @@ SETTINGS = (
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm"),
     *("bf16", "fp16", "dataloader_drop_last", "loss", "positive_weight_power", "positive_weight_cap"),
     *("label_smoothing_factor", "metric_for_best_model", "greater_is_better", "cache_features", "cached_views"),
+    "neftune_noise_alpha",
 )
 # Files of a checkpoint: a pattern, because FSDP has names of its own, and how many of them there must be.
 PARTS = {

@@ -10,8 +10,10 @@ from datasets import Dataset
 from transformers import AutoConfig, BertConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..data.arguments import DataArguments, changed_fields, idle_arguments
+from ..data.augmentation import AugmentationArguments
 from ..data.collator import Preprocessing
-from ..data.prepare import DataArguments, PreparedData, prepare_data, presence
+from ..data.prepare import PreparedData, prepare_data, presence
 from ..data.reachability import check_reachable
 from ..data.streaming import Stream, open_stream
 from ..data.tables import check_source
@@ -23,7 +25,7 @@ from ..model.configuration_mmclf import MMClfConfig
 from ..model.image_processing_mmclf import MMClfImageProcessor
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from ..model.processing_mmclf import MMClfProcessor
-from ..presets import config_from_preset
+from ..presets import config_from_preset, get_preset
 from .arguments import ARCHITECTURE, MMClfTrainingArguments, ModelArguments
 from .continuation import StartingModel
 from .losses import MultiLabelLoss
@@ -73,7 +75,10 @@ def check_arguments(args: MMClfTrainingArguments) -> None:
 
 
 def prepare_inputs(
-    model_args: ModelArguments, data_args: DataArguments, args: MMClfTrainingArguments
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    augmentation: AugmentationArguments,
+    args: MMClfTrainingArguments,
 ) -> TrainingInputs:
     """
     Read the rows and build the model, with all checks. Nothing is written.
@@ -83,6 +88,8 @@ def prepare_inputs(
             The architecture and its initial weights.
         data_args ([`DataArguments`]):
             The rows.
+        augmentation ([`AugmentationArguments`]):
+            Random changes of training rows, which must be of a kind that the model reads.
         args ([`MMClfTrainingArguments`]):
             The seed, and for a stream the settings of the data loader, which are adapted.
 
@@ -95,6 +102,7 @@ def prepare_inputs(
     """
     finished = StartingModel.load(model_args) if model_args.init_from else None
     config = finished.config(model_args) if finished else build_config(model_args)
+    warn_of_idle(config, model_args, augmentation)
     _check_starts(model_args, data_args, config)
     stream = None
     if data_args.streaming:
@@ -121,6 +129,27 @@ def prepare_inputs(
     bad_images = "error" if args.cache_features else data_args.bad_images  # a cache must not keep what is not there
     preprocessing = Preprocessing(processor, prepared.folder, bad_images)
     return TrainingInputs(prepared, train_rows, stream, model, preprocessing, source, missing)
+
+
+def warn_of_idle(config: MMClfConfig, args: ModelArguments, augmentation: AugmentationArguments) -> None:
+    """Warn of arguments that have no effect. One file of arguments may serve models with one and two backbones."""
+    recipe = get_preset(args.preset).recipe if args.preset else {}
+    of_images = ("image_size", "image_weights", "unfrozen_image_stages")
+    of_images += ("crop_scale", "flip", "vertical_flip", "rotation", "color_jitter")
+    of_texts = ("max_tokens", "text_weights", "unfrozen_text_layers", "tokenizer", "vocab_size")
+    of_texts += ("swap_words", "drop_words")
+    of_fusions = ("fusion", "fusion_norm", "projection_norm", "image_tokens", "width")
+    of_fusions += ("learned_missing", "modality_dropout", "fusion_layers", "fusion_heads")
+    is_trained = args.tokenizer == "train" or (args.tokenizer is None and args.backbone_weights()["text"] is None)
+    rules = [
+        (config.has_image, of_images, "the model has no image backbone"),
+        (config.has_text, of_texts, "the model has no text backbone"),
+        (config.has_image and config.has_text, of_fusions, "the model has one backbone"),
+        (config.fusion == "label_queries", of_fusions[-2:], f"the fusion {config.fusion} has no such option"),
+        (is_trained, ["vocab_size"], "the tokenizer is not trained"),
+    ]
+    for sentence in idle_arguments(changed_fields(args, recipe) | changed_fields(augmentation, recipe), rules):
+        logger.warning(sentence)
 
 
 def _check_starts(args: ModelArguments, data_args: DataArguments, config: MMClfConfig) -> None:

@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from hf_mmclf_cli import Documented, argument_entry, check_unknown, did_you_mean, documentation, entry, fill
 
+from ..data.arguments import DataArguments
 from ..data.augmentation import AugmentationArguments
-from ..data.prepare import DataArguments
 from ..inference.predictor import machine_defaults
 from ..presets import PRESETS, get_preset
 from .arguments import Arguments, MMClfTrainingArguments, ModelArguments

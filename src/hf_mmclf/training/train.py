@@ -12,8 +12,9 @@ from safetensors.torch import load_model
 from transformers import EarlyStoppingCallback, TrainerState, set_seed
 from transformers.utils import logging
 
+from ..data.arguments import DataArguments
 from ..data.augmentation import AugmentationArguments
-from ..data.prepare import DataArguments, PreparedData, presence, references_of
+from ..data.prepare import PreparedData, presence, references_of
 from ..data.streaming import StreamCollator
 from ..evaluation.ablation import REMOVED
 from ..evaluation.metrics import fit_temperature
@@ -88,7 +89,7 @@ def _run(arguments: Arguments, start: Start) -> None:
     """Train, score and write in an output folder that this run has claimed."""
     model_args, data_args, augmentation, args = arguments
     set_seed(args.seed)
-    inputs = prepare_inputs(model_args, data_args, args)
+    inputs = prepare_inputs(*arguments)
     begin_run(args, start, fingerprint(arguments, inputs))
     trainer = _fit(inputs, augmentation, args, start.checkpoint)
     preprocessing = inputs.preprocessing
@@ -142,7 +143,7 @@ def build_trainer(
     """
     if data_args.streaming or args.cache_features or model_args.init_from:
         raise ValueError("a search trains new models on the same rows; leave out streaming, cache_features, init_from")
-    inputs = prepare_inputs(model_args, data_args, args)
+    inputs = prepare_inputs(model_args, data_args, augmentation, args)
     tokenizer = inputs.preprocessing.processor.tokenizer
 
     def model_init(trial: Any = None) -> MMClfForImageTextClassification:
