@@ -1,5 +1,6 @@
 """Folders that somebody else has made: damaged, odd or hostile ones, and outputs that must not harm a folder."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -9,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support.tiny_folder import write_folder, write_table
+from support.tiny_folder import TEXT, write_folder, write_table
 
 import hf_mmclf
-from hf_mmclf import Predictor
+from hf_mmclf import MMClfConfig, MMClfForImageTextClassification, Predictor
 from hf_mmclf.cli import main
+from hf_mmclf.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,19 @@ def test_missing_and_surplus_tensors_are_named(folder, load):
 SHAPES = {"weight": (3, 16), "bias": (3,)}
 
 
+@pytest.mark.parametrize("own, other", [(50, 400), (400, 50)])
+def test_a_tokenizer_of_another_vocabulary_is_an_error(tmp_path, own, other):
+    words = [f"{first}{second}" for first, second in itertools.permutations("abcdefghijklmnopqrstuvwxyz", 2)]
+    tokenizers = {size: load_tokenizer("train", [" ".join(words)] * 2, size)[0] for size in (own, other)}
+    config = MMClfConfig(text_config=dict(TEXT, vocab_size=len(tokenizers[own])), id2label={0: "a", 1: "b"})
+    MMClfForImageTextClassification(config).save_pretrained(tmp_path)
+    tokenizers[own].save_pretrained(tmp_path)
+    Predictor.load(tmp_path)
+    tokenizers[other].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its files are those of another model"):
+        Predictor.load(tmp_path)
+
+
 def test_scores_that_are_nan_are_an_error(folder):
     edit_weights(folder, lambda state: state["classifier.bias"].fill_(float("nan")))
     assert "train.csv:2: the logits are NaN, as for 5 of 5 rows" in error_of("predict", "m", "--data", "train.csv")
@@ -99,7 +114,7 @@ def test_odd_files_give_one_line_or_the_same_labels(folder, name, content, capsy
         assert capsys.readouterr().out == expected
     except SystemExit as error:
         assert isinstance(error.code, str) and error.code.startswith("hf-mmclf predict: error: ")
-        assert "\n" not in error.code
+        assert "\n" not in error.code and "has no attribute" not in error.code
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.99])

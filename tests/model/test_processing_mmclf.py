@@ -155,7 +155,7 @@ def test_saved_and_loaded_it_is_the_same(kind, tmp_path):
 
 
 def test_a_folder_without_parts_is_named(tmp_path):
-    with pytest.raises(OSError, match="neither an image processor nor a tokenizer is there"):
+    with pytest.raises(OSError, match=r"neither an image processor .* nor a tokenizer .* is there"):
         MMClfProcessor.from_pretrained(tmp_path)
 
 

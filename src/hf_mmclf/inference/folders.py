@@ -65,7 +65,8 @@ def check_file(file: Path) -> None:
             with safe_open(file, "pt"):  # the header, and the length that it announces
                 pass
         elif file.suffix == ".json":
-            json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+                raise ValueError("expected a JSON object")
         elif file.suffix in (".bin", ".pt", ".pth"):
             with ZipFile(file) as archive:
                 if member := archive.testzip():

@@ -226,7 +226,10 @@ class MMClfProcessor(ProcessorMixin):
         if is_there["tokenizer_config.json"]:
             tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
         if image_processor is None and tokenizer is None:
-            raise OSError(f"{source}: neither an image processor nor a tokenizer is there")
+            raise OSError(
+                f"{source}: neither an image processor (preprocessor_config.json) nor a tokenizer "
+                "(tokenizer_config.json, tokenizer.json) is there"
+            )
         return [image_processor, tokenizer]
 
 
