@@ -33,7 +33,12 @@ def test_figures_use_the_thresholds_of_the_configuration(tiny_config):
     scores = dict.fromkeys(ABLATIONS, np.array([[0.4, 0.6, 0.2], [0.1, 0.6, 0.9]], dtype=np.float32))
     found = ablation_figures(scores, references, config, has_image)
     assert found == dict.fromkeys(
-        ABLATIONS, {"f1": pytest.approx(2 / 3), "f1_macro": pytest.approx((1 + 0 + 2 / 3) / 3)}
+        ABLATIONS,
+        {
+            "f1": pytest.approx(2 / 3),
+            "f1_samples": pytest.approx(2 / 3),
+            "f1_macro": pytest.approx((1 + 0 + 2 / 3) / 3),
+        },
     )
     config.missing_thresholds = {"text": 0.05, "image": 0.95}  # the ablated rows have these
     found = ablation_figures(scores, references, config, has_image)
@@ -45,4 +50,6 @@ def test_figures_use_the_thresholds_of_the_configuration(tiny_config):
 def test_a_score_equal_to_the_threshold_of_ablated_rows_is_predicted(tiny_config):
     config = tiny_config(missing_thresholds={"text": 0.25})
     scores = {"image_only": np.full((2, 3), 0.25, dtype=np.float32)}
-    assert ablation_figures(scores, np.ones((2, 3)), config)["image_only"] == {"f1": 1, "f1_macro": 1}
+    assert ablation_figures(scores, np.ones((2, 3)), config)["image_only"] == dict.fromkeys(
+        ("f1", "f1_samples", "f1_macro"), 1
+    )

@@ -188,11 +188,11 @@ def test_report_text_has_the_subgroups_of_the_last_split(labelled):
     (warning,) = reports["test"]["warnings"]
     assert " ".join(text.split()).endswith(f" Warning: {warning}") and text.count("Warning") == 1
     assert "images only" not in text
-    reports["test"]["ablations"] = {"image_only": {"f1": 0.125, "f1_macro": 0.25}}
+    reports["test"]["ablations"] = {"image_only": {"f1": 0.125, "f1_macro": 0.25}}  # of version 0.1
     lines = [" ".join(line.split()) for line in report_text(reports).splitlines()]
     fitted = reports["test"]["fitted"]
-    assert f"as they are {fitted['f1']:.4f} {fitted['f1_macro']:.4f}" in lines
-    assert "images only 0.1250 0.2500" in lines
+    assert f"as they are {fitted['f1']:.4f} {fitted['f1_samples']:.4f} {fitted['f1_macro']:.4f}" in lines
+    assert "images only 0.1250 - 0.2500" in lines
 
 
 def test_labels_are_named_in_the_order_of_the_logits():

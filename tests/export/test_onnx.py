@@ -31,6 +31,7 @@ def exported(tmp_path_factory):
     torch.manual_seed(0)
     fields = dict(fusion="label_queries", image_tokens="stages", learned_missing=True, modality_dropout=0.2)
     fields |= dict(threshold=0.45, label_thresholds={"dog": 0.3}, missing_thresholds={"image": 0.2, "text": 0.6})
+    fields["min_labels"] = 1
     predictor, rows, folder = load(tmp_path_factory.mktemp("both"), **fields)
     classifier = predictor.model.classifier
     with torch.no_grad():  # scores around 0.5
@@ -64,7 +65,7 @@ def test_files_have_metadata_and_no_paths_of_this_machine(exported):
         assert record["labels"] == ["person", "traffic light", "dog"]
         assert record["label_ids"] == ["1", "3", "10"]
         assert record["thresholds"] == [0.45, 0.45, 0.3]
-        assert record["missing_thresholds"] == {"image": 0.2, "text": 0.6}
+        assert record["missing_thresholds"] == {"image": 0.2, "text": 0.6} and record["min_labels"] == 1
         assert record["image"]["size"] == 32
         assert record["tokenizer"]["truncation"]["max_length"] == 16
         shapes = {

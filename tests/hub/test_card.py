@@ -129,7 +129,7 @@ def test_tables_hold_the_figures_and_the_recipe(trained):
     ]
     ablations = [metrics["test"]["fitted"], *metrics["test"]["ablations"].values()]
     assert [cells[1:] for cells in shown["rows"][1:]] == [
-        [f"{row['f1']:.3f}", f"{row['f1_macro']:.3f}"] for row in ablations
+        [f"{row[key]:.3f}" for key in ("f1", "f1_samples", "f1_macro")] for row in ablations
     ]
     recipe = dict(shown["setting"][1:])
     assert recipe["rows"] == "train: 48; validation: 6; test: 6" and recipe["max steps"] == "2"

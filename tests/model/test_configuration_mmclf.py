@@ -77,6 +77,7 @@ def test_text_config_round_trip(text_config, kind, hidden, tmp_path):
         (dict(unfrozen_image_stages=-1), "unfrozen_image_stages is -1"),
         (dict(unfrozen_text_layers=-1), "unfrozen_text_layers is -1"),
         (dict(width=0), "width is 0"),
+        (dict(min_labels=-1), "min_labels is -1"),
         (dict(dropout=1), "dropout is 1"),
         (dict(dropout=-0.1), r"dropout is -0\.1"),
         (dict(fusion="add"), "fusion"),
@@ -125,6 +126,16 @@ def test_a_score_equal_to_its_threshold_is_predicted():
     assert decided.tolist() == [[True, False, False], [True, True, False]]
     decided = config.decide([0.75, 0.25, 0.5], thresholds=np.array([0.75, np.nan, 0.6]))
     assert decided.tolist() == [True, True, False]
+
+
+def test_a_row_gets_at_least_its_best_labels():
+    config = MMClfConfig(num_labels=3, threshold=0.5, min_labels=1)
+    scores = np.array([[0.1, 0.3, 0.2], [0.6, 0.7, 0.2], [0.2, 0.2, 0.2]])
+    assert config.decide(scores).tolist() == [[False, True, False], [True, True, False], [True, False, False]]
+    assert config.decide(scores[0]).tolist() == [False, True, False]
+    assert config.decide(scores[0], thresholds=np.full(3, 0.9)).tolist() == [False, True, False]
+    assert MMClfConfig(num_labels=3).decide(scores[0]).tolist() == [False] * 3
+    assert MMClfConfig(num_labels=3, min_labels=9).decide(scores[0]).tolist() == [True] * 3
 
 
 def test_a_threshold_that_float32_cannot_hold_is_compared_in_float64():

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from hf_mmclf import MMClfForImageTextClassification, ModelArguments, parse_arguments, train
-from hf_mmclf.training.inputs import build_config, build_model, warn_of_idle
+from hf_mmclf.training.inputs import build_config, build_model, prepare_inputs, warn_of_idle
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat"]
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
@@ -145,3 +145,16 @@ def test_arguments_without_an_effect_are_refused(flags, message, tmp_path, monke
     with pytest.raises(ValueError, match=message):
         train(*parse_arguments([*flags, "--preset", "demo-text", "--output_dir", "m"]))
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    "given, rows, expected", [(None, "x y", 1), (None, "x ,", 0), ("0", "x y", 0), ("2", "x ,", 2)]
+)
+def test_every_prediction_has_a_label_if_every_training_row_has_one(given, rows, expected, tmp_path, notices):
+    lines = "".join(f"text {row},{label}\n" for row in range(9) for label in rows.replace(",", " ").split(" ")[:2])
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.csv").write_text(f"text,labels\n{lines}", encoding="utf-8")
+    flags = ["--data", str(tmp_path), "--preset", "demo-text", *(["--min_labels", given] if given else [])]
+    assert prepare_inputs(*parse_arguments(flags)).model.config.min_labels == expected
+    said = "every training row has a label, so every prediction gets at least one (min_labels 1)"
+    assert (said in notices()) == (given is None and expected == 1)

@@ -22,7 +22,7 @@ def entry(epoch, **figures):
 HISTORY = [
     entry(0.5, loss=0.75),
     entry(1, loss=0.5),
-    entry(1, eval_loss=0.625, eval_f1=0.5, eval_map=0.25),
+    entry(1, eval_loss=0.625, eval_f1=0.5, eval_f1_samples=0.6, eval_map=0.25),
     entry(1.5, loss=0.5),
     entry(2, loss=0.25),
     entry(2, eval_loss=0.375, eval_f1=0.25, eval_map=0.5),
@@ -39,7 +39,8 @@ def test_a_line_has_the_mean_loss_since_the_last_one_the_best_value_and_the_time
         describe_evaluation(arguments(), state_of(HISTORY, 20), 60.0, 20),
     ]
     assert lines == [
-        "epoch 1/4, loss 0.6250, validation loss 0.6250, F1 0.5000, best 0.5000 (epoch 1), 0:01:30 left",
+        "epoch 1/4, loss 0.6250, validation loss 0.6250, F1 0.5000, samples-F1 0.6000, best 0.5000 (epoch 1), "
+        "0:01:30 left",
         "epoch 2/4, loss 0.3750, validation loss 0.3750, F1 0.2500, best 0.5000 (epoch 1), 0:01:00 left",
     ]
 

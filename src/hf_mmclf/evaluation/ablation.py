@@ -33,7 +33,7 @@ def ablation_figures(
             Whether the rows have an image and a text before anything is removed.
 
     Returns:
-        `dict[str, dict[str, float]]`: `f1` and `f1_macro` by ablation.
+        `dict[str, dict[str, float]]`: `f1`, `f1_samples` and `f1_macro` by ablation.
 
     Raises:
         `ValueError`: if an input has a wrong shape or range.
@@ -43,9 +43,9 @@ def ablation_figures(
         present = {"image": has_image, "text": has_text}
         if name in REMOVED:
             present = {modality: modality != REMOVED[name] for modality in present}
-        thresholds = config.thresholds_for(present["image"], present["text"])
-        figures = multi_label_metrics(ablated, references, thresholds)
-        result[name] = {average: figures[average] for average in ("f1", "f1_macro")}
+        cuts = config.cuts(ablated, present["image"], present["text"])
+        figures = multi_label_metrics(ablated, references, cuts)
+        result[name] = {average: figures[average] for average in ("f1", "f1_samples", "f1_macro")}
     return result
 
 

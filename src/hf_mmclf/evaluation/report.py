@@ -9,7 +9,7 @@ import numpy as np
 from tabulate import tabulate
 from transformers import EvalPrediction
 
-from ..model.configuration_mmclf import MMClfConfig
+from ..model.configuration_mmclf import MMClfConfig, best_labels
 from ..model.pipeline_mmclf import scores_of
 from .ablation import ABLATIONS
 from .bootstrap import by_label_count, by_text_length, f1_intervals
@@ -34,15 +34,23 @@ class ComputeMetrics:
     """
     Metrics for `Trainer`, at the threshold with the best micro-F1 for these scores.
 
+    Args:
+        min_labels (`int`, *optional*, defaults to 0): The number of labels that each row gets at least.
+
+
     A fixed threshold would choose the checkpoint whose scores happen to lie around it. The result has `threshold` and
     `f1_at_0.5` too.
     """
 
+    def __init__(self, min_labels: int = 0):
+        self.min_labels = min_labels
+
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         scores, references = scores_of(prediction.predictions), prediction.label_ids
-        threshold = best_threshold(scores, references)
-        at_half = multi_label_metrics(scores, references)["f1"]
-        return multi_label_metrics(scores, references, threshold) | {"threshold": threshold, "f1_at_0.5": at_half}
+        best = best_labels(scores, self.min_labels)
+        threshold = best_threshold(np.where(best, 1.0, scores), references)
+        fitted, half = (multi_label_metrics(scores, references, np.where(best, 0.0, cut)) for cut in (threshold, 0.5))
+        return fitted | {"threshold": threshold, "f1_at_0.5": half["f1"]}
 
 
 def report(
@@ -75,12 +83,13 @@ def report(
     """
     names = config.label_names
     present = has_image, True if texts is None else np.array([text is not None for text in texts], dtype=bool)
-    thresholds, predicted = config.thresholds_for(*present), config.decide(scores, *present)
-    fitted, half = (per_label_report(scores, references, threshold, names) for threshold in (thresholds, 0.5))
+    predicted, cuts = config.decide(scores, *present), config.cuts(scores, *present)
+    cuts_at_half = config.cuts(scores, thresholds=0.5)
+    fitted, half = (per_label_report(scores, references, given, names) for given in (cuts, cuts_at_half))
     figures = {
         "rows": len(scores),
-        "at_0.5": multi_label_metrics(scores, references),
-        "fitted": multi_label_metrics(scores, references, thresholds),
+        "at_0.5": multi_label_metrics(scores, references, cuts_at_half),
+        "fitted": multi_label_metrics(scores, references, cuts),
         "intervals": f1_intervals(predicted, references),
         "per_label": [
             row | {"f1_at_0.5": at_half["f1"], "threshold": threshold}
@@ -231,7 +240,8 @@ def ablation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     figures = {"as they are": report["fitted"]}
     figures |= {ABLATIONS[name]: ablated for name, ablated in report["ablations"].items()}
-    return [{"rows": name, "F1, micro": row["f1"], "F1, macro": row["f1_macro"]} for name, row in figures.items()]
+    titles = {"F1, micro": "f1", "F1, samples": "f1_samples", "F1, macro": "f1_macro"}
+    return [{"rows": name} | {title: row.get(key) for title, key in titles.items()} for name, row in figures.items()]
 
 
 def warning_text(warning: str) -> str:

@@ -188,6 +188,7 @@ def _record(predictor: Predictor) -> dict[str, Any]:
         "labels": config.label_names,
         "label_ids": config.label_ids or config.label_names,
         "thresholds": config.thresholds,
+        "min_labels": config.min_labels,
         "missing_thresholds": config.missing_thresholds if config.has_image and config.has_text else None,
         "image": image_record(processor.image_processor) if config.has_image else None,
         "tokenizer": tokenizer_record(processor.tokenizer) if config.has_text else None,

@@ -63,6 +63,7 @@ class OnnxClassifier:
         record = json.loads(metadata["hf_mmclf"])
         self.names, self.own_thresholds = record["labels"], np.array(record["thresholds"])
         self.missing_thresholds = record.get("missing_thresholds") or {}
+        self.min_labels = record.get("min_labels", 0)
         self.image = record["image"]
         self.tokenizer = Tokenizer.from_str(json.dumps(record["tokenizer"])) if record["tokenizer"] else None
 
@@ -72,7 +73,7 @@ class OnnxClassifier:
 
     def labels(self, images: Any = None, text: Any = None, batch_size: int = 16) -> list[list[tuple[str, float]]]:
         """
-        Predict the labels whose score is at least their threshold.
+        Predict the labels whose score is at least their threshold, and the `min_labels` best labels of each row.
 
         Args:
             images, text, batch_size: The arguments of `logits`.
@@ -83,6 +84,7 @@ class OnnxClassifier:
         scores = self(images, text, batch_size)
         hits = scores.astype(np.float64) >= self.thresholds(images, text)
         order = np.argsort(-scores, axis=1, kind="stable")
+        np.put_along_axis(hits, order[:, : self.min_labels], True, axis=1)
         return [
             [(self.names[i], float(row[i])) for i in ranks if hit[i]]
             for row, hit, ranks in zip(scores, hits, order, strict=True)

@@ -18,6 +18,23 @@ logger = logging.get_logger(__name__)
 OF_LABELS = ("id2label", "label2id", "label_ids", "threshold", "label_thresholds", "missing_thresholds")
 
 
+def best_labels(scores: np.ndarray, count: int) -> np.ndarray:
+    """
+    Find the labels with the highest scores of each row; among equal scores the first ones.
+
+    Args:
+        scores (`np.ndarray` of shape `(num_labels,)` or `(rows, num_labels)`): Probabilities.
+        count (`int`): The number of labels of a row.
+
+    Returns:
+        `np.ndarray`: Bool, of the shape of `scores`.
+    """
+    found = np.zeros(np.shape(scores), dtype=bool)
+    order = np.argsort(-np.asarray(scores), axis=-1, kind="stable")
+    np.put_along_axis(found, order[..., :count], True, axis=-1)
+    return found
+
+
 def option(default: Any) -> Any:
     """Return a configuration field that is a command-line flag too; its help is its entry in the docstring below."""
     return field(default=default, metadata={"flag": True})
@@ -80,6 +97,9 @@ class MMClfConfig(PreTrainedConfig):
             Thresholds of models with both backbones for rows without an image (key `"image"`) or without a text (key
             `"text"`). Scores are lower without a modality, and so is the F1-optimal threshold, which is half the best
             F1 (Lipton et al. 2014, "Optimal Thresholding of Classifiers to Maximize F1 Measure").
+        min_labels (`int`, *optional*, defaults to 0):
+            The number of labels that each row gets at least: those with its highest scores, whatever their thresholds.
+            Training sets it to 1 if every training row has a label.
         label_ids (`list[str]`, *optional*):
             The labels as written in the data, if that differs from their names in `id2label`.
 
@@ -117,6 +137,7 @@ class MMClfConfig(PreTrainedConfig):
     modality_dropout: float | int = option(0.0)
     unfrozen_image_stages: int | None = option(None)
     unfrozen_text_layers: int | None = option(None)
+    min_labels: int = option(0)
     threshold: float | int = 0.5
     label_thresholds: dict[str, float | int] | None = None
     missing_thresholds: dict[str, float | int] | None = None
@@ -157,6 +178,8 @@ class MMClfConfig(PreTrainedConfig):
         for name in ("width", "fusion_layers", "fusion_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.min_labels < 0:
+            raise ValueError(f"min_labels is {self.min_labels}; expected at least 0")
         if self.fusion == "label_queries" and self.width % self.fusion_heads:
             raise ValueError(f"width is {self.width}; expected a multiple of fusion_heads, {self.fusion_heads}")
         for name in ("dropout", "modality_dropout"):
@@ -245,6 +268,8 @@ class MMClfConfig(PreTrainedConfig):
         """
         Decide which labels are predicted: those whose score is at least their threshold, compared in float64.
 
+        The `min_labels` best labels of a row are predicted in any case.
+
         Args:
             scores (`np.ndarray` of shape `(num_labels,)` or `(rows, num_labels)`): Probabilities.
             has_image, has_text (`bool` or `np.ndarray` of shape `(rows,)`, *optional*, defaults to `True`):
@@ -255,10 +280,28 @@ class MMClfConfig(PreTrainedConfig):
         Returns:
             `np.ndarray`: Bool, of the shape of `scores`.
         """
+        return np.asarray(scores, dtype=np.float64) >= self.cuts(scores, has_image, has_text, thresholds)
+
+    def cuts(
+        self,
+        scores: np.ndarray,
+        has_image: bool | np.ndarray = True,
+        has_text: bool | np.ndarray = True,
+        thresholds: np.ndarray | float | None = None,
+    ) -> np.ndarray:
+        """
+        Return the threshold of each score: 0 for the `min_labels` best ones of a row.
+
+        Args:
+            scores, has_image, has_text, thresholds: As for [`~MMClfConfig.decide`].
+
+        Returns:
+            `np.ndarray`: Float64, of the shape of `scores`.
+        """
         own = self.thresholds_for(has_image, has_text)
         if thresholds is not None:
             own = np.where(np.isnan(thresholds), own, thresholds)
-        return np.asarray(scores, dtype=np.float64) >= own
+        return np.where(best_labels(scores, self.min_labels), 0.0, own)
 
 
 __all__ = ["MMClfConfig"]

@@ -18,7 +18,7 @@ from .arguments import ModelArguments
 logger = logging.get_logger(__name__)
 
 # Arguments that apply to a finished model too. All others are those of its training.
-APPLICABLE = ("dropout", "modality_dropout", "unfrozen_image_stages", "unfrozen_text_layers")
+APPLICABLE = ("dropout", "modality_dropout", "min_labels", "unfrozen_image_stages", "unfrozen_text_layers")
 LABEL_TENSORS = ("classifier.weight", "classifier.bias", "fusion.queries")  # one row for each label
 
 

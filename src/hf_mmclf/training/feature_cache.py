@@ -43,7 +43,7 @@ PACKAGES = ("hf_mmclf", "torch", "torchcodec", "torchvision", "timm", "transform
 AFTER_BACKBONES = (
     *("fusion", "fusion_layers", "fusion_heads", "fusion_norm", "width", "projection_norm", "dropout"),
     *("learned_missing", "modality_dropout"),
-    *("threshold", "label_thresholds", "missing_thresholds", "label_ids", "id2label", "label2id"),
+    *("min_labels", "threshold", "label_thresholds", "missing_thresholds", "label_ids", "id2label", "label2id"),
     *("image_weights", "text_weights", "transformers_version"),
 )
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..data.arguments import DataArguments, changed_fields, idle_arguments
 from ..data.augmentation import AugmentationArguments
 from ..data.collator import Preprocessing
-from ..data.prepare import PreparedData, prepare_data, presence
+from ..data.prepare import PreparedData, prepare_data, presence, references_of
 from ..data.reachability import check_reachable
 from ..data.streaming import Stream, open_stream
 from ..data.tables import check_source
@@ -116,7 +116,7 @@ def prepare_inputs(
         tokenizer, source = finished.processor.tokenizer, config.has_text and f"that of {finished.name}"
     else:
         tokenizer, source = build_tokenizer(model_args, config, train_rows)
-    missing = settle_labels(config, prepared, {"train": train_rows, **prepared.splits})
+    missing = settle_labels(config, prepared, {"train": train_rows, **prepared.splits}, model_args.min_labels)
     model = finished.start(config) if finished else build_model(config, model_args, tokenizer)
     processor = finished.processor if finished else build_processor(model, model_args, tokenizer)
     for part, weights in (("image", config.image_weights), ("text", config.text_weights)):
@@ -257,10 +257,13 @@ def build_tokenizer(
 
 
 def settle_labels(
-    config: MMClfConfig, prepared: PreparedData, splits: Mapping[str, Dataset]
+    config: MMClfConfig, prepared: PreparedData, splits: Mapping[str, Dataset], min_labels: int | None = None
 ) -> dict[str, dict[str, int]]:
     """
-    Write the labels into the configuration, and `learned_missing` if training rows lack an image or a text.
+    Write into the configuration what the rows say: labels, `min_labels`, `learned_missing`.
+
+    Each prediction has at least one label if each training row has one. Learned vectors replace missing images and
+    texts if training rows lack some.
 
     Args:
         config ([`MMClfConfig`]):
@@ -269,6 +272,8 @@ def settle_labels(
             The labels.
         splits (`Mapping[str, Dataset]`):
             The rows by split.
+        min_labels (`int`, *optional*):
+            What the user gave for `min_labels`, which is not changed then.
 
     Returns:
         `dict[str, dict[str, int]]`: The number of rows without an image and without a text, by split.
@@ -276,6 +281,13 @@ def settle_labels(
     config.id2label = dict(enumerate(prepared.labels.names))
     config.label2id = {name: i for i, name in config.id2label.items()}
     config.label_ids = list(prepared.labels.ids)
+    if min_labels is None:
+        references = references_of(splits["train"])
+        known = references[(references >= 0).all(1)]
+        is_streamed = "train" not in prepared.splits  # then these are the first rows only
+        config.min_labels = int(len(known) > 0 and not is_streamed and (known == 1).any(1).all())
+        if config.min_labels:
+            logger.info("  every training row has a label, so every prediction gets at least one (min_labels 1)")
     missing = {}
     for name, split in splits.items() if config.has_image and config.has_text else ():
         has_image, has_text = presence(split)

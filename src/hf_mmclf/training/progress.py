@@ -57,8 +57,8 @@ def describe_evaluation(args: TrainingArguments, state: TrainerState, seconds: f
         steps (`int`): Number of steps since the run was started or resumed.
 
     Returns:
-        `str`: Such as `epoch 3/15, loss 0.31, validation loss 0.33, F1 0.81, best 0.82 (epoch 2), 0:01:23 left`, with
-        four digits.
+        `str`: Such as `epoch 3/15, loss 0.31, validation loss 0.33, F1 0.81, samples-F1 0.84, best 0.82 (epoch 2),
+        0:01:23 left`, with four digits.
     """
     *history, last = state.log_history
     before = [number for number, entry in enumerate(history) if "eval_loss" in entry]
@@ -66,7 +66,8 @@ def describe_evaluation(args: TrainingArguments, state: TrainerState, seconds: f
     metric = (args.metric_for_best_model or "f1").removeprefix("eval_")
     figures = {"loss": sum(losses) / len(losses)} if losses else {}
     figures |= {"validation loss": last.get("eval_loss"), "F1": last.get("eval_f1")}
-    if metric not in ("f1", "loss"):
+    figures |= {"samples-F1": last.get("eval_f1_samples")}
+    if metric not in ("f1", "f1_samples", "loss"):
         figures[metric] = last.get(f"eval_{metric}")
     parts = [_place(args, state, last)]
     parts += [f"{name} {value:.4f}" for name, value in figures.items() if value is not None]

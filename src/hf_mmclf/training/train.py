@@ -22,6 +22,7 @@ from ..evaluation.report import ComputeMetrics, report_text, scores_of
 from ..evaluation.thresholds import best_threshold, label_thresholds
 from ..inference.folders import atomic_folder, save_model
 from ..inference.predictor import Predictor
+from ..model.configuration_mmclf import best_labels
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from .arguments import Arguments, MMClfTrainingArguments, ModelArguments
 from .checkpoints import Start, begin_run, claim_output, fingerprint, remove_traces
@@ -149,7 +150,7 @@ def build_trainer(
     def model_init(trial: Any = None) -> MMClfForImageTextClassification:
         drawn = model_space(trial) if model_space and trial else {}
         config = build_config(dataclasses.replace(model_args, **drawn))
-        settle_labels(config, inputs.prepared, inputs.prepared.splits)
+        settle_labels(config, inputs.prepared, inputs.prepared.splits, model_args.min_labels)
         return build_model(config, model_args, tokenizer)
 
     return MMClfTrainer(model_init=model_init, **_trainer_options(inputs, augmentation, args))
@@ -182,7 +183,7 @@ def _trainer_options(
     preprocessing, rows = inputs.preprocessing, inputs.train_rows
     return {
         "args": args,
-        "compute_metrics": ComputeMetrics(),
+        "compute_metrics": ComputeMetrics(inputs.model.config.min_labels),
         "criterion": _criterion(args, rows),
         "train_dataset": rows.with_transform(preprocessing.training(augmentation)),
         "eval_dataset": preprocessing.dataset(inputs.prepared.splits["validation"]),
@@ -277,7 +278,11 @@ def _fit_thresholds(
     config, rows = predictor.model.config, prepared.splits["validation"]
     scores, references = outcomes["validation"]
     aim = dict(beta=args.threshold_beta, precision=args.threshold_precision)
-    objective = args.threshold_objective
+    objective, common = args.threshold_objective, args.threshold_objective or "micro"
+
+    def settled(scores: np.ndarray) -> np.ndarray:
+        return np.where(best_labels(scores, config.min_labels), 1.0, scores)  # which every threshold accepts
+
     if config.has_image and config.has_text and (config.learned_missing or config.modality_dropout):
         both = np.flatnonzero(np.logical_and(*presence(rows)))
         if len(both):  # the other rows have thresholds of their own
@@ -285,8 +290,9 @@ def _fit_thresholds(
             config.missing_thresholds = {}
             for column in REMOVED.values():
                 found = scores_of(predictor.predict(rows, prepared.folder, replaced=(column, None)).predictions)
-                config.missing_thresholds[column] = best_threshold(found, references, objective or "micro", **aim)
-    config.threshold = best_threshold(scores, references, objective or "micro", **aim)
+                config.missing_thresholds[column] = best_threshold(settled(found), references, common, **aim)
+    scores = settled(scores)
+    config.threshold = best_threshold(scores, references, common, **aim)
     config.label_thresholds = None
     if args.label_thresholds:
         shrinkage = None if args.threshold_shrinkage == -1 else args.threshold_shrinkage
