@@ -142,13 +142,13 @@ def test_the_embedded_data_set_is_the_default():
 
 
 @needs_data
-@pytest.mark.parametrize("folder, table, count", [("matched23", "train.csv", 23), ("coco301", "all.csv", 301)])
+@pytest.mark.parametrize("folder, table, count", [("competition", "train.csv", 3257), ("coco301", "all.csv", 301)])
 def test_real_tables_load_with_their_images(folder, table, count):
     args = DataArguments(data=str(DATA / folder / table), image_dir=str(DATA / folder / "data"), bad_images="skip")
     names = str(DATA / "labels.json")
     prepared = prepare_data(args if count == 301 else DataArguments(**{**vars(args), "label_names_file": names}))
     assert sum(prepared.splits.num_rows.values()) == count and prepared.bad_images == []
-    if count == 23:
+    if count == 3257:
         assert prepared.labels.names[9] == "traffic light"
 
 

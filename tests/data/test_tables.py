@@ -473,7 +473,7 @@ def test_every_row_of_the_real_unlabelled_file():
 
 
 @needs_data
-@pytest.mark.parametrize("table, rows", [("matched23/train.csv", 23), ("coco301/all.csv", 301)])
+@pytest.mark.parametrize("table, rows", [("competition/train.csv", 3257), ("coco301/all.csv", 301)])
 def test_real_tables_name_images_that_exist(table, rows):
     names = read_table(DATA / table)["ImageID"][:]
     assert len(names) == rows and all(((DATA / table).parent / "data" / name).is_file() for name in names)

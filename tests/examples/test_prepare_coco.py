@@ -1,6 +1,7 @@
 """examples/prepare_coco.py, on a hand-made miniature of COCO's annotations."""
 
 import csv
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,9 @@ from PIL import Image
 
 from hf_mmclf import DataArguments
 from hf_mmclf.data.prepare import prepare_data
+
+DATA = Path(os.environ.get("HF_MMCLF_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}; HF_MMCLF_DATA names another place")
 
 NAMES = "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
 NAMES = (NAMES + "parking meter,bench,bird,cat,dog,horse").split(",")
@@ -161,7 +165,59 @@ def test_invalid_annotations(file, content, message, example, coco, capsys):
     assert message in error_of(example, capsys)
 
 
+COMPETITION = [  # the rows of the miniature, in the competition's form
+    ("0.jpg", "1 18", "Two people, a dog and nobody else"),
+    ("1.jpg", "19", '"Horse" says the sign, "no sheep"'),
+    ("2.jpg", "1", "People, people, people"),
+    ("3.jpg", "2 10", "000000000009.jpg,1,is not a row of its own"),
+]
+
+
+def as_of_2014():
+    for kind in ("instances", "captions"):
+        Path(f"annotations/{kind}_train2017.json").rename(f"annotations/{kind}_train2014.json")
+
+
+def test_the_competitions_own_rows(example, coco, capsys, monkeypatch):
+    """The images are numbered in the order of their ids; ids without a label or a caption leave no gap."""
+    as_of_2014()
+    monkeypatch.setattr(example, "TRAIN", 3)
+    monkeypatch.setattr(example, "TEST", 1)
+    assert run(example, "--competition") == COMPETITION[:3]
+    with open("coco/test.csv", newline="", encoding="utf-8") as file:
+        assert [tuple(row) for row in csv.reader(file)][1:] == COMPETITION[3:]
+    numbers = Path("coco/coco_ids.csv").read_text().split()
+    assert numbers == ["ImageID,coco_file", *(f"{i}.jpg,{row[0]}" for i, row in enumerate(ROWS))]
+    for (number, *_), (name, *_) in zip(COMPETITION, ROWS, strict=True):
+        assert Path("coco/data", number).samefile(Path("train2017", name))
+    said = capsys.readouterr().out
+    assert "3 rows: coco/train.csv\n1 rows: coco/test.csv\n" in said and "Only" not in said
+    assert "--data coco/train.csv --image_dir coco/data" in said
+    args = DataArguments("coco/train.csv", validation_data="coco/test.csv", image_dir="coco/data", test_fraction=0.0)
+    prepared = prepare_data(dataclasses.replace(args, label_names_file="coco/labels.json"))
+    assert prepared.splits["train"]["image"] == ["0.jpg", "1.jpg", "2.jpg"]
+
+
+def test_fewer_rows_than_the_competition_has_are_said(example, coco, capsys):
+    as_of_2014()
+    assert run(example, "--competition") == COMPETITION
+    assert "Only 4 rows, and the competition has 40,000" in capsys.readouterr().out
+    assert not Path("coco/test.csv").exists()
+
+
+@needs_data
+def test_the_recorded_numbers_of_the_competition_ascend():
+    """The first rows by number, and ascending ids: what the rule of --competition says of the real rows."""
+    with (DATA / "competition" / "coco_ids.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["ImageID"] for row in rows] == [f"{number}.jpg" for number in range(40_000)]
+    ids = [int(row["coco_train2014_id"]) for row in rows]
+    assert ids == sorted(set(ids))
+
+
 def test_invalid_flags(example, coco, capsys):
+    assert "leave out --rows" in error_of(example, capsys, "--competition", "--rows", "5")
+    assert "leave out --rows" in error_of(example, capsys, "--competition", "--split", "val2014")
     assert "--rows is 5; expected 1 to 4" in error_of(example, capsys, "--rows", "5")
     assert "val2017" in error_of(example, capsys, "--split", "val2017")
     run(example)
