@@ -11,7 +11,7 @@ With --competition it makes the competition's own 40,000 rows instead, from COCO
 
 Nothing is downloaded: unpack `annotations` (annotations_trainval2017.zip) and `train2017` (train2017.zip) of
 https://cocodataset.org/#download first, or the files of 2014 for --competition. The labels of an image are the
-categories 1 to 19 (there is no 12) of its objects, crowds included. Images with no such object or without a caption are
+categories 1 to 19 (there is no 12) of its objects, crowds included. Images without such an object or caption are
 left out. The competition numbers the others in the order of COCO's ids: 0.jpg to 29999.jpg are its training rows, the
 next 10,000 its test rows.
 """

@@ -15,7 +15,7 @@ from hf_mmclf import MMClfConfig, MMClfForImageTextClassification
 from hf_mmclf.presets import config_from_preset
 
 KINDS = ("self", "cross_text", "cross_image", "concat")
-ALL_KINDS = (*KINDS, "label_queries")
+ALL_KINDS = (*KINDS, "label_queries", "late")
 EVERY_FUSION = [
     dict(fusion=kind, image_tokens=tokens, fusion_norm=norm)
     for kind, tokens, norm in itertools.product(KINDS, ("pooled", "spatial"), (False, True))
@@ -336,7 +336,75 @@ def test_modality_dropout_makes_modalities_missing_but_never_both(kind, tiny_mod
     assert torch.bincount(nearest.argmin(0), minlength=3).float().div(300).tolist() == pytest.approx(
         [0.4, 0.3, 0.3], abs=0.1
     )
-    assert model.missing_image.vector is not None and model.missing_text.vector is not None
+    if kind != "late":
+        assert model.missing_image.vector is not None and model.missing_text.vector is not None
+
+
+@pytest.mark.parametrize("tokens", ["pooled", "mean_max", "spatial"])
+def test_late_fusion_row_by_row(tokens, tiny_model, tiny_batch):
+    """Logits are those of each modality that is there, and of hidden units if both are."""
+    model = scramble(tiny_model(fusion="late", image_tokens=tokens, dropout=0.5))
+    for linear in (model.classifier.image, model.classifier.text, model.classifier.both):
+        linear.weight.data.normal_(std=0.3)
+    batch = tiny_batch() | dict(
+        image_mask=torch.tensor([True, False, True]), text_mask=torch.tensor([True, True, False])
+    )
+    image, _ = model.encode_image(batch["pixel_values"])
+    text, mask = model.encode_text(batch["input_ids"], batch["attention_mask"])
+    found = logits(model, batch)
+    for row in range(3):
+        vectors = {"image": image[row].mean(0), "text": text[row][mask[row]].mean(0)}
+        for name, norm in model.fusion.norms.items():
+            vectors[name] = (vectors[name] - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+        alone = {name: getattr(model.classifier, name)(vector) for name, vector in vectors.items()}
+        hidden = [model.fusion.projections[name](vector).relu() for name, vector in vectors.items()]
+        whole = alone["image"] + alone["text"] + model.classifier.both(torch.cat(hidden))
+        expected = (whole, alone["text"], alone["image"])[row]
+        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+def test_mean_max_tokens_are_those_of_the_last_feature_map(name, tiny_model, tiny_batch):
+    pixels = tiny_batch()["pixel_values"][:, :, :32, :32].repeat(1, 1, 5, 5)
+    fields = dict(image_backbone=name, image_backbone_args=None)
+    cells, model = tiny_model(image_tokens="spatial", **fields), tiny_model(image_tokens="mean_max", **fields)
+    model.image_model.load_state_dict(cells.image_model.state_dict())
+    (tokens, _), (found, mask) = cells.encode_image(pixels), model.encode_image(pixels)
+    torch.testing.assert_close(found[:, 0], torch.cat([tokens.mean(1), tokens.amax(1)], 1))
+    assert mask.shape == (3, 1) and model.classify((found, mask)).shape == (3, 3)
+
+
+def test_each_modality_of_the_late_fusion_has_a_loss_of_its_own(tiny_model, tiny_batch):
+    """Rows that lack a modality count in the loss of the other one, and in no loss twice."""
+    model = scramble(tiny_model(fusion="late")).train()
+    batch = tiny_batch() | dict(image_mask=torch.tensor([True, False, True]))
+    labels = torch.tensor([[1.0, -1, 0], [1, 0, 0], [0, 1, 1]])
+    output = model(**batch, labels=labels)
+    image, text = output.modality_logits.unbind(1)
+    assert image.isnan().any(1).tolist() == [False, True, False] and not text.isnan().any()
+
+    def loss(logits, rows):
+        known = labels[rows] >= 0
+        return F.binary_cross_entropy_with_logits(logits[rows][known], labels[rows][known])
+
+    expected = loss(output.logits, [0, 2]) + loss(image, [0, 2]) + loss(text, [0, 1, 2])
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert model.eval()(**batch).modality_logits is None
+
+
+def test_standardisation_counts_the_rows_that_are_there(tiny_model, tiny_batch):
+    model = tiny_model(fusion="late").train()
+    model.text_model.eval()  # without dropout
+    batch, norm = tiny_batch(), model.fusion.norms["text"]
+    rows = {name: value[[0, 2]] for name, value in batch.items()}
+    model(**batch | dict(text_mask=torch.tensor([True, False, True])))
+    found = state(norm)
+    norm.reset_running_stats()
+    model(**rows)
+    torch.testing.assert_close(found, state(norm))
+    model(**{name: value[:1] for name, value in batch.items()} | dict(text_mask=torch.tensor([False])))
+    model(**{name: value[:1] for name, value in batch.items()})
+    assert changed(found, state(norm)) == set()  # neither no row nor a single one has a variance
 
 
 def test_unknown_labels_are_left_out_of_the_loss(tiny_model, tiny_batch):

@@ -79,6 +79,8 @@ def image_width(backbone: nn.Module, kind: str) -> int:
     """Return the width of the tokens of [`image_tokens`]."""
     if kind == "pooled":
         return backbone.head_hidden_size
+    if kind == "mean_max":
+        return 2 * backbone.num_features
     return backbone.num_features + (sum(finer_stages(backbone).values()) if kind == "stages" else 0)
 
 
@@ -91,7 +93,8 @@ def image_tokens(backbone: nn.Module, pixel_values: torch.Tensor, kind: str) -> 
         pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Preprocessed images.
         kind (`str`): `image_tokens` of [`MMClfConfig`]. `"stages"` are the hypercolumns of Hariharan et al. 2015,
             "Hypercolumns for Object Segmentation and Fine-grained Localization", on the grid of the last feature map.
-            The first stages still know details that the last one has dropped, such as colours.
+            The first stages still know details that the last one has dropped, such as colours. `"mean_max"` is one
+            token, because the maximum keeps small objects that the mean hides.
 
     Returns:
         `torch.Tensor` of shape `(batch, tokens, width)`.
@@ -111,9 +114,12 @@ def image_tokens(backbone: nn.Module, pixel_values: torch.Tensor, kind: str) -> 
             raise ValueError(
                 f"image_tokens is 'stages', but {type(backbone).__name__} ends in no feature map; give 'spatial'"
             )
-        return features[:, getattr(backbone, "num_prefix_tokens", 0) :]
+        features = features[:, getattr(backbone, "num_prefix_tokens", 0) :]
+        return torch.cat([features.mean(1), features.amax(1)], 1).unsqueeze(1) if kind == "mean_max" else features
     # timm's CNNs return NCHW, its hierarchical transformers NHWC
     features = features if features.shape[1] == backbone.num_features else features.permute(0, 3, 1, 2)
+    if kind == "mean_max":
+        return torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1).unsqueeze(1)
     maps = [F.adaptive_avg_pool2d(finer, features.shape[2:]) for finer in maps]
     return torch.cat([features, *maps], 1).flatten(2).transpose(1, 2)
 

@@ -63,7 +63,8 @@ class MMClfConfig(PreTrainedConfig):
             Pooling of a model without images: `"pooler"` (the encoder's pooler) or `"mean"` (mean of the tokens).
         fusion (`str`, *optional*, defaults to `"self"`):
             Fusion of image and text. self: each attends to itself; cross_text: text tokens attend to the image;
-            cross_image: image tokens attend to the text; concat: no attention; label_queries: one learned query for
+            cross_image: image tokens attend to the text; concat: no attention; late: a classifier for each modality,
+            whose logits are added to those of a small network over both; label_queries: one learned query for
             each label attends to all tokens.
         fusion_layers (`int`, *optional*, defaults to 1):
             Number of decoder layers of label_queries.
@@ -75,11 +76,13 @@ class MMClfConfig(PreTrainedConfig):
             Apply BatchNorm, ReLU and dropout after the projection of each modality.
         image_tokens (`str`, *optional*, defaults to `"pooled"`):
             Image tokens for the fusion. pooled: one pooled vector; spatial: the cells of the last feature map;
-            stages: the same cells with the features of all finer stages (hypercolumns).
+            stages: the same cells with the features of all finer stages (hypercolumns); mean_max: one vector with the
+            mean and the maximum of the last feature map.
         width (`int`, *optional*, defaults to 512):
             Size of the vector to which each modality is projected before the classifier.
         dropout (`float`, *optional*, defaults to 0.0):
-            Dropout probability: in the projections if they have a norm, otherwise before the classifier.
+            Dropout probability: in the projections if they have a norm, otherwise before the classifier. The fusion
+            late drops out image features with it, and text features and hidden units with smaller probabilities.
         learned_missing (`bool`, *optional*, defaults to `False`):
             Represent a missing image or text by a learned vector instead of zeros. Training turns this on if a
             training row lacks one of them.
@@ -125,12 +128,12 @@ class MMClfConfig(PreTrainedConfig):
     text_config: PreTrainedConfig | dict | None = None
     text_weights: str | None = None
     text_pooling: Literal["pooler", "mean"] = "pooler"
-    fusion: Literal["self", "cross_text", "cross_image", "concat", "label_queries"] = option("self")
+    fusion: Literal["self", "cross_text", "cross_image", "concat", "label_queries", "late"] = option("self")
     fusion_layers: int = option(1)
     fusion_heads: int = option(4)
     fusion_norm: bool = option(False)
     projection_norm: bool = option(False)
-    image_tokens: Literal["pooled", "spatial", "stages"] = option("pooled")
+    image_tokens: Literal["pooled", "spatial", "stages", "mean_max"] = option("pooled")
     width: int = option(512)
     dropout: float | int = option(0.0)
     learned_missing: bool = option(False)

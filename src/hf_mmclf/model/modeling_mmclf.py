@@ -3,6 +3,7 @@
 This file is pushed to the Hub as code: it imports only third-party packages and its neighbours.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,10 +27,35 @@ from .backbones_mmclf import (
     token_kind,
 )
 from .configuration_mmclf import MMClfConfig
-from .fusion_mmclf import Fusion, LabelClassifier, LabelQueries, MissingModality, masked_mean, projection
+from .fusion_mmclf import (
+    Fusion,
+    LabelClassifier,
+    LabelQueries,
+    LateClassifier,
+    LateFusion,
+    MissingModality,
+    masked_mean,
+    projection,
+    with_losses_alone,
+)
 from .pretrained_mmclf import MMClfPreTrainedModel
 
 Tokens = tuple[torch.Tensor, torch.Tensor]  # (batch, tokens, width) and their mask (batch, tokens)
+
+
+@dataclass
+class MMClfOutput(SequenceClassifierOutput):
+    """
+    Output of [`MMClfForImageTextClassification`].
+
+    Args:
+        loss, logits, hidden_states, attentions: As for `SequenceClassifierOutput`.
+        modality_logits (`torch.FloatTensor` of shape `(batch, 2, num_labels)`, *optional*):
+            The logits of image and text alone, NaN where a row lacks the modality. Only the fusion late has them, and
+            only in training mode.
+    """
+
+    modality_logits: torch.FloatTensor | None = None
 
 
 class MMClfForImageTextClassification(MMClfPreTrainedModel):
@@ -79,7 +105,8 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         self.main_input_name = "pixel_values" if config.has_image else "input_ids"
 
         both = len(widths) == 2
-        if both:
+        is_late = both and config.fusion == "late"
+        if both and not is_late:
             learned = config.learned_missing or config.modality_dropout > 0
             self.missing_image = MissingModality(widths["image"], learned)
             self.missing_text = MissingModality(widths["text"], learned)
@@ -87,6 +114,9 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         if config.fusion == "label_queries":
             self.fusion = LabelQueries(config, list(widths.values()))
             self.classifier = LabelClassifier(config.width, config.num_labels)
+        elif is_late:
+            self.fusion = LateFusion(config, widths["image"], widths["text"])
+            self.classifier = LateClassifier(config, widths["image"], widths["text"])
         elif both:
             self.fusion = Fusion(config, widths["image"], widths["text"])
             self.image_projection = projection(config, widths["image"])
@@ -113,7 +143,7 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> SequenceClassifierOutput | tuple:
+    ) -> MMClfOutput | tuple:
         r"""
         Compute the logits of a batch, and its loss if labels are given.
 
@@ -137,7 +167,7 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
                 Whether to return an output object instead of a tuple.
 
         Returns:
-            `SequenceClassifierOutput` with `logits` of shape `(batch, num_labels)`; scores are their sigmoids.
+            [`MMClfOutput`] with `logits` of shape `(batch, num_labels)`; scores are their sigmoids.
 
         Raises:
             `ValueError`: if no modality is given, or one that the model does not have, or if the hidden states of a
@@ -160,12 +190,13 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
                 inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
                 text_features, encoded = self._run_text(attention_mask, **inputs, **outputs)
             text = self.encode_text(attention_mask=attention_mask, text_mask=text_mask, features=text_features)
-        logits = self.classify(image, text)
-        return SequenceClassifierOutput(
-            loss=None if labels is None else self._loss(logits, labels),
+        logits, alone = self._classify(image, text)
+        return MMClfOutput(
+            loss=None if labels is None else with_losses_alone(self._loss, logits, alone, labels),
             logits=logits,
             hidden_states=getattr(encoded, "hidden_states", None),
             attentions=getattr(encoded, "attentions", None),
+            modality_logits=alone,
         )
 
     def _outputs(self, **asked: bool | None) -> dict[str, Any]:
@@ -265,7 +296,14 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(batch, num_labels)`.
         """
+        return self._classify(image, text)[0]
+
+    def _classify(self, image: Tokens | None, text: Tokens | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the logits of [`~MMClfForImageTextClassification.classify`], and in training those of modalities."""
         both = self.config.has_image and self.config.has_text
+        if both and self.config.fusion == "late":
+            logits, alone = self.classifier(*self.fusion(image, text))
+            return logits, alone if self.training else None
         if both:
             image = self.missing_image.blank(text[0]) if image is None else image
             text = self.missing_text.blank(image[0]) if text is None else text
@@ -278,7 +316,7 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
             features = torch.cat([self.image_projection(image_vector), self.text_projection(text_vector)], dim=-1)
         else:
             features = masked_mean(*modalities[0])
-        return self.classifier(self.dropout(features))
+        return self.classifier(self.dropout(features)), None
 
     def _check_inputs(self, pixels: torch.Tensor | None, tokens: torch.Tensor | None) -> None:
         config = self.config
@@ -328,4 +366,4 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
             parameter.div_(temperature)
 
 
-__all__ = ["MMClfForImageTextClassification"]
+__all__ = ["MMClfForImageTextClassification", "MMClfOutput"]

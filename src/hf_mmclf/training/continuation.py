@@ -19,7 +19,11 @@ logger = logging.get_logger(__name__)
 
 # Arguments that apply to a finished model too. All others are those of its training.
 APPLICABLE = ("dropout", "modality_dropout", "min_labels", "unfrozen_image_stages", "unfrozen_text_layers")
-LABEL_TENSORS = ("classifier.weight", "classifier.bias", "fusion.queries")  # one row for each label
+# Tensors with one row for each label.
+LABEL_TENSORS = ("classifier.weight", "classifier.bias", "fusion.queries")
+LABEL_TENSORS += tuple(
+    f"classifier.{part}.{kind}" for part in ("image", "text", "both") for kind in ("weight", "bias")
+)
 
 
 @dataclasses.dataclass

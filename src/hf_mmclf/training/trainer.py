@@ -15,6 +15,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..inference.folders import follow_umask
 from ..inference.quiet import no_progress_bars, without_message
+from ..model.fusion_mmclf import with_losses_alone
 from .arguments import MMClfTrainingArguments
 from .losses import MultiLabelLoss
 from .progress import EvaluationLines, StepBar
@@ -87,7 +88,7 @@ class MMClfTrainer(Trainer):
         if self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        loss = self.criterion(outputs["logits"], inputs["labels"])
+        loss = with_losses_alone(self.criterion, outputs["logits"], outputs.get("modality_logits"), inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
