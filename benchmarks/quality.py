@@ -8,6 +8,9 @@ WHAT is one of
                 logistic regression and the text presets with random weights, split 80/10/10 by the seed
     fusion      the embedded data set: each modality alone, every fusion of the poster, and ours; all with the same
                 backbones with random weights and for the same number of epochs
+    competition real rows with their images (`../shared/data/competition`, skipped if that does not exist) and
+                pretrained backbones (`--weights`, the folder of `../shared/tools/pretrained_weights.py`): logistic
+                regressions on frozen features, their stack, and the presets, split 80/10/10 by the seed
     thresholds  how much of a threshold's F1 is left on other rows: plain search by label, shrunk, global
     all         each of these
 
@@ -15,24 +18,32 @@ Thresholds are fitted on validation rows. All figures are of test rows: mean, lo
 """
 
 import argparse
+import csv
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+import torch
+from datasets import Dataset, concatenate_datasets
 from modalities import possible_f1
+from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
+from sklearn.model_selection import cross_val_predict
 from sklearn.multiclass import OneVsRestClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_mmclf import (
     DataArguments,
+    MMClfConfig,
     Predictor,
     best_threshold,
     demo_dataset,
@@ -41,9 +52,14 @@ from hf_mmclf import (
     train,
 )
 from hf_mmclf.data.prepare import prepare_data
+from hf_mmclf.data.tables import read_table
 from hf_mmclf.evaluation.report import format_table
+from hf_mmclf.model.configuration_mmclf import best_labels
+from hf_mmclf.model.fusion_mmclf import masked_mean
+from hf_mmclf.training.inputs import prepare_inputs
 
 CAPTIONS = Path(__file__).parents[2] / "shared" / "data" / "captions" / "train.csv"
+COMPETITION = CAPTIONS.parents[1] / "competition"
 TEXT_PRESETS = ("captions", "bert-tiny")
 # The fusions of the poster's twelve multimodal systems. They are five, because backbones and freezing are equal here.
 POSTER = {
@@ -140,6 +156,143 @@ def captions(options: argparse.Namespace) -> list[dict]:
     return lines
 
 
+# Models of [`competition`]: flags beside those of the backbones, and whether rows without images are added.
+RECIPES = {
+    "late-lite": ("--preset late-lite", False),
+    "late-lite, texts without images too": ("--preset late-lite", True),
+    "late-lite, fusion of modensitybert": ("--preset late-lite --fusion self --fusion_norm", False),
+    "late-lite, fusion of densitybert": ("--preset late-lite --fusion self", False),
+    "late-lite, fusion of cdbert-text": ("--preset late-lite --fusion cross_text", False),
+    "late-lite, fusion of cdbert-image": ("--preset late-lite --fusion cross_image", False),
+    "querybert": ("--preset querybert --num_train_epochs 8", False),
+}
+
+
+def competition(options: argparse.Namespace) -> list[dict]:
+    """Compare logistic regressions on frozen features, their stack, and presets on the competition's own rows."""
+    if not COMPETITION.is_dir() or options.weights is None:
+        print("competition: skipped; it needs ../shared/data/competition and --weights")
+        return []
+    image, text = options.weights / "tf_efficientnet_lite0", options.weights / "all-MiniLM-L6-v2"
+    backbones = f"--image_backbone tf_efficientnet_lite0 --image_weights {image} --text_backbone {text}".split()
+    chosen = {name: recipe for name, recipe in RECIPES.items() if options.presets is None or name in options.presets}
+    table, images = COMPETITION / "train.csv", COMPETITION / "data"
+    common = dict(image_dir=str(images), label_names_file=str(COMPETITION.parent / "labels.json"))
+    features = frozen_features([*backbones, "--preset", "late-lite"], DataArguments(data=str(table), **common))
+    runs: dict[str, list[dict]] = {}
+    for seed in range(options.seeds):
+        splits = prepare_data(DataArguments(data=str(table), split_seed=seed, **common)).splits
+        for name, scored in logistic_regressions(splits, features).items():
+            runs.setdefault(name, []).append(scored)
+        for name, (flags, has_more) in chosen.items():
+            with tempfile.TemporaryDirectory() as scratch:
+                write_splits(splits, Path(scratch), has_more)
+                data = DataArguments(data=scratch, **common)
+                given = ["--data", scratch, "--image_dir", common["image_dir"], "--label_names_file"]
+                given += [
+                    common["label_names_file"],
+                    "--seed",
+                    str(seed),
+                    "--no_ablations",
+                    *backbones,
+                    *flags.split(),
+                ]
+                runs.setdefault(name, []).append(trained(given, data, (without("text"), without("image"))))
+                print(competition_lines({name: runs[name][-1:]}), flush=True)
+    return competition_lines(runs)
+
+
+def frozen_features(flags: list[str], data: DataArguments) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the mean image token and the mean text token of each row of a table, by the name of the row."""
+    given = ["--data", data.data, "--image_dir", data.image_dir, "--label_names_file", data.label_names_file]
+    inputs = prepare_inputs(*parse_arguments([*flags, *given]))
+    rows = concatenate_datasets(list(inputs.prepared.splits.values()))
+    loader = DataLoader(inputs.preprocessing.dataset(rows), 64, collate_fn=inputs.preprocessing.collator)
+    model, vectors = inputs.model.eval(), []
+    with torch.inference_mode():
+        for batch in tqdm(loader, desc="frozen features"):
+            image = masked_mean(*model.encode_image(batch["pixel_values"]))
+            text = masked_mean(*model.encode_text(batch["input_ids"], batch["attention_mask"]))
+            vectors += zip(image.numpy(), text.numpy(), strict=True)
+    return dict(zip(rows["where"][:], vectors, strict=True))
+
+
+def logistic_regressions(
+    splits: Mapping[str, Dataset], features: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> dict[str, dict]:
+    """Fit one logistic regression for each label on the images, on the texts, and on out-of-fold logits of both."""
+    labels = {name: np.array(rows["labels"]) for name, rows in splits.items()}
+    logits: dict[str, dict[str, np.ndarray]] = {}
+    for index, (name, strength) in enumerate({"images": 0.001, "texts": 0.01}.items()):  # of C, tried on other seeds
+        rows = {
+            split: np.array([features[where][index] for where in table["where"]]) for split, table in splits.items()
+        }
+        one = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300))
+        model = OneVsRestClassifier(one)
+        out_of_fold = cross_val_predict(model, rows["train"], labels["train"], cv=5, method="decision_function")
+        model.fit(rows["train"], labels["train"])
+        logits[name] = {"train": out_of_fold} | {
+            split: model.decision_function(rows[split]) for split in ("validation", "test")
+        }
+    both = {split: np.concatenate([logits[name][split] for name in logits], 1) for split in splits}
+    stack = OneVsRestClassifier(LogisticRegression(C=0.1, max_iter=1000)).fit(both["train"], labels["train"])
+    stacked = {split: stack.decision_function(both[split]) for split in ("validation", "test")}
+    own = {split: np.zeros_like(scores) for split, scores in stacked.items()}
+    for label in range(labels["train"].shape[1]):
+        pair = [label, label + labels["train"].shape[1]]
+        single = LogisticRegression().fit(both["train"][:, pair], labels["train"][:, label])
+        for split in own:
+            own[split][:, label] = single.decision_function(both[split][:, pair])
+    found = {"logistic regression, images": logits["images"], "logistic regression, texts": logits["texts"]}
+    found |= {"stack of both, all logits": stacked, "stack of both, own logits of each label": own}
+    return {
+        name: {split: (expit(scores[split]), labels[split]) for split in ("validation", "test")}
+        for name, scores in found.items()
+    }
+
+
+def write_splits(splits: Mapping[str, Dataset], folder: Path, has_more: bool) -> None:
+    """Write splits of the competition as tables, with its other texts as training rows without images if asked."""
+    rows = {row["ImageID"]: row for row in read_table(COMPETITION / "train.csv")}
+    others = [row for row in read_table(CAPTIONS) if row["ImageID"] not in rows] if has_more else []
+    for name, table in splits.items():
+        with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file_name", "labels", "text"])
+            writer.writerows([[image, rows[image]["Labels"], rows[image]["Caption"]] for image in table["image"]])
+            if name == "train":
+                writer.writerows([["", row["Labels"], row["Caption"]] for row in others])
+
+
+def competition_lines(runs: Mapping[str, list[dict]]) -> list[dict]:
+    """Return the table of [`competition`]: F1 with at least one label for each row, at the threshold of validation."""
+
+    def figures(run: dict, scored: Scored, **present: bool) -> tuple[float, float]:
+        if "config" in run:
+            predicted = run["config"].decide(scored[0], **present)
+        else:
+            config = MMClfConfig(num_labels=scored[0].shape[1], min_labels=1)
+            best = best_labels(run["validation"][0], 1)
+            settled = np.where(best, 1.0, run["validation"][0])  # which every threshold accepts
+            config.threshold = best_threshold(settled, run["validation"][1])
+            predicted = config.decide(scored[0])
+        return tuple(f1_score(scored[1], predicted, average=kind, zero_division=0) for kind in ("micro", "samples"))
+
+    lines = []
+    for name, results in runs.items():
+        line = {"model": name}
+        columns = {"": [figures(run, run["test"]) for run in results]}
+        if "changed" in results[0]:
+            columns["images only: "] = [figures(run, run["changed"][0], has_text=False) for run in results]
+            columns["texts only: "] = [figures(run, run["changed"][1], has_image=False) for run in results]
+        for title in ("", "images only: ", "texts only: "):
+            pairs = columns.get(title)
+            for index, kind in enumerate(("micro-F1", "samples-F1")):
+                line[f"{title}{kind}"] = spread([pair[index] for pair in pairs]) if pairs else None
+        lines.append(line | {"minutes": statistics.mean(run.get("minutes", 0.0) for run in results)})
+    return lines
+
+
 def without(modality: str) -> Callable[[Dataset], Dataset]:
     def change(rows: Dataset) -> Dataset:
         return rows.map(lambda row: {modality: None}, load_from_cache_file=False)
@@ -225,14 +378,15 @@ def thresholds(options: argparse.Namespace) -> list[dict]:
     return lines
 
 
-BENCHMARKS = {"captions": captions, "fusion": fusion, "thresholds": thresholds}
+BENCHMARKS = {"captions": captions, "fusion": fusion, "competition": competition, "thresholds": thresholds}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=[*BENCHMARKS, "all"], help="What to measure.")
     parser.add_argument("--seeds", type=int, default=3, help="Number of runs of each model (default: %(default)s).")
-    parser.add_argument("--presets", nargs="+", help=f"Text presets to measure (default: {' '.join(TEXT_PRESETS)}).")
+    parser.add_argument("--presets", nargs="+", help="Text presets, or models of competition, to measure.")
+    parser.add_argument("--weights", type=Path, help="Folder with pretrained backbones, for competition.")
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to.")
     options = parser.parse_args()
     texts = []

@@ -80,12 +80,23 @@ def empty_model(name):
         return MMClfForImageTextClassification(config_from_preset(name, num_labels=18))
 
 
-OURS, DEMO = ["querybert", "captions"], ["demo", "demo-image", "demo-text"]
+# Parameters and MB (of 2^20 bytes) of the presets with a classifier for each modality.
+LATE = {"late-lite": (26_132_566, 99.87), "late-b4": (22_164_894, 85.06), "late-clip": (23_236_438, 88.65)}
+OURS, DEMO = ["querybert", *LATE, "captions"], ["demo", "demo-image", "demo-text"]
 
 
 def test_presets_are_those_of_the_poster_and_ours():
     assert [name for name, preset in PRESETS.items() if preset.poster] == list(POSTER)
     assert [name for name, preset in PRESETS.items() if not preset.poster] == [*OURS, *DEMO]
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_late_presets_have_less_than_100_megabytes_and_train_their_classifiers_only(name):
+    model = empty_model(name)
+    megabytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) / 2**20
+    assert (sum(parameter.numel() for parameter in model.parameters()), round(megabytes, 2)) == LATE[name]
+    trained = {key.split(".")[0] for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"modality_classifiers", "image_projection", "text_projection", "classifier"}
 
 
 @pytest.mark.parametrize("name", POSTER)

@@ -80,6 +80,10 @@ WIDE = dict(width=896, projection_norm=True, dropout=0.5)
 # One query for each label attends to image cells of all resolutions, to text tokens, and to text-over-image attention.
 _QUERIES = dict(fusion="label_queries", fusion_heads=8, image_tokens="stages")
 
+# A classifier for each modality and one over both, on the features of frozen backbones.
+_LATE = dict(fusion="concat", image_tokens="mean_max", width=48, dropout=0.5)
+_LATE |= dict(modality_classifiers=True, feature_dropout=0.8, **FROZEN)
+
 # The recipe for pretrained backbones: a low learning rate for them, a higher one for the new layers.
 _FINE_TUNE = dict(
     learning_rate=1e-3,
@@ -128,6 +132,37 @@ _DEMO_IMAGE = dict(
 _DEMO_TEXT = dict(text_config=_bert(96, 2, 4, 192, vocab_size=1000, max_position_embeddings=64))
 
 
+# Frozen features are cached without augmentation, so training takes a minute after them. Many epochs, a strong weight
+# decay and a strong dropout suit a few thousand rows.
+_HEADS = dict(
+    learning_rate=2e-3,
+    weight_decay=0.05,
+    warmup_steps=0.05,
+    lr_scheduler_type="cosine",
+    per_device_train_batch_size=128,
+    per_device_eval_batch_size=128,
+    num_train_epochs=40,
+    load_best_model_at_end=False,  # the last weights: one of 40 epochs looks best on a few hundred rows by chance
+    save_strategy="no",  # it starts again from the cached features
+    cache_features=True,
+    **dict.fromkeys(("crop_scale", "flip", "rotation", "color_jitter", "swap_words"), 0.0),
+)
+_MINILM = dict(text_backbone="sentence-transformers/all-MiniLM-L6-v2", text_config=_bert(384, 6, 12, 1536))
+_TINYCLIP = dict(
+    image_backbone="vit_xsmall_patch16_clip_224.tinyclip_yfcc15m",
+    text_backbone="wkcn/TinyCLIP-ViT-8M-16-Text-3M-YFCC15M",
+    text_config=dict(
+        model_type="clip_text_model",
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        hidden_act="gelu",
+        vocab_size=49408,
+        max_position_embeddings=77,
+    ),
+)
+
 # Configuration of each system of the poster, and its figures in the order of [`Poster`].
 _POSTER: Mapping[str, tuple[dict[str, Any], tuple]] = {
     # An image backbone alone, trained whole, with one linear layer on the pooled vector.
@@ -175,6 +210,10 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             ),
             _FINE_TUNE,
         ),
+        # Ours: frozen pretrained backbones below 100 MB with a late fusion, for a few thousand rows.
+        "late-lite": Preset(dict(image_backbone="tf_efficientnet_lite0.in1k", **_MINILM, **_LATE), _HEADS),
+        "late-b4": Preset(dict(image_backbone="tf_efficientnet_b4.ns_jft_in1k", **BERT_TINY, **_LATE), _HEADS),
+        "late-clip": Preset(dict(**_TINYCLIP, **_LATE), _HEADS),
         # Ours: a small text model from random weights, 5 MB.
         "captions": Preset(
             dict(

@@ -15,7 +15,7 @@ from hf_mmclf import MMClfConfig, MMClfForImageTextClassification
 from hf_mmclf.presets import config_from_preset
 
 KINDS = ("self", "cross_text", "cross_image", "concat")
-ALL_KINDS = (*KINDS, "label_queries", "late")
+ALL_KINDS = (*KINDS, "label_queries")
 EVERY_FUSION = [
     dict(fusion=kind, image_tokens=tokens, fusion_norm=norm)
     for kind, tokens, norm in itertools.product(KINDS, ("pooled", "spatial"), (False, True))
@@ -217,6 +217,7 @@ def test_trainer_must_divide_the_loss_itself():
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_compiles_without_graph_breaks(kind, tiny_model, tiny_batch):
     fields = dict(fusion=kind, image_tokens="spatial", fusion_norm=True, learned_missing=True)
+    fields |= dict(modality_classifiers=True)
     small = dict(image_backbone="resnet18", image_backbone_args=dict(layers=[1, 1, 1, 1], channels=[8, 8, 16, 16]))
     model = tiny_model(**small, **fields)
     batch = tiny_batch() | dict(image_mask=torch.tensor([1, 0, 1]))
@@ -234,7 +235,8 @@ def test_compiles_without_graph_breaks(kind, tiny_model, tiny_batch):
 @pytest.mark.parametrize("tokens", ["pooled", "spatial"])
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_content_of_missing_modalities_has_no_effect(kind, tokens, learned, tiny_model, tiny_batch):
-    model = tiny_model(fusion=kind, image_tokens=tokens, learned_missing=learned, fusion_norm=learned)
+    fields = dict(learned_missing=learned, fusion_norm=learned, modality_classifiers=learned)
+    model = tiny_model(fusion=kind, image_tokens=tokens, **fields)
     image_mask, text_mask = torch.tensor([False, True, True]), torch.tensor([True, False, True])
     batch = tiny_batch() | dict(image_mask=image_mask, text_mask=text_mask, labels=torch.eye(3))
     other = {name: value.clone() for name, value in batch.items()}
@@ -256,7 +258,9 @@ def test_content_of_missing_modalities_has_no_effect(kind, tokens, learned, tiny
 @pytest.mark.parametrize("learned", [False, True], ids=["zero", "learned"])
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_all_missing_equals_not_given(kind, learned, tiny_model, tiny_batch):
-    model = scramble(tiny_model(fusion=kind, image_tokens="spatial", learned_missing=learned))
+    model = scramble(
+        tiny_model(fusion=kind, image_tokens="spatial", learned_missing=learned, modality_classifiers=learned)
+    )
     batch = tiny_batch()
     pixels = dict(pixel_values=batch.pop("pixel_values"))
     missing = torch.zeros(3, dtype=torch.bool)
@@ -336,31 +340,40 @@ def test_modality_dropout_makes_modalities_missing_but_never_both(kind, tiny_mod
     assert torch.bincount(nearest.argmin(0), minlength=3).float().div(300).tolist() == pytest.approx(
         [0.4, 0.3, 0.3], abs=0.1
     )
-    if kind != "late":
-        assert model.missing_image.vector is not None and model.missing_text.vector is not None
+    assert model.missing_image.vector is not None and model.missing_text.vector is not None
 
 
 @pytest.mark.parametrize("tokens", ["pooled", "mean_max", "spatial"])
-def test_late_fusion_row_by_row(tokens, tiny_model, tiny_batch):
-    """Logits are those of each modality that is there, and of hidden units if both are."""
-    model = scramble(tiny_model(fusion="late", image_tokens=tokens, dropout=0.5))
-    for linear in (model.classifier.image, model.classifier.text, model.classifier.both):
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_modality_classifiers_row_by_row(kind, tokens, tiny_model, tiny_batch):
+    """Logits are those of each modality that is there and, if both are, those of the fusion."""
+    fields = dict(fusion=kind, image_tokens=tokens, projection_norm=kind == "concat", learned_missing=True)
+    model = scramble(tiny_model(**fields, modality_classifiers=True, feature_dropout=0.5))
+    own = model.modality_classifiers
+    for linear in (own.image, own.text):
         linear.weight.data.normal_(std=0.3)
-    batch = tiny_batch() | dict(
-        image_mask=torch.tensor([True, False, True]), text_mask=torch.tensor([True, True, False])
-    )
+    masks = dict(image_mask=torch.tensor([True, False, True]), text_mask=torch.tensor([True, True, False]))
+    batch = tiny_batch()
     image, _ = model.encode_image(batch["pixel_values"])
     text, mask = model.encode_text(batch["input_ids"], batch["attention_mask"])
-    found = logits(model, batch)
+    found = logits(model, batch | masks)
+    model.modality_classifiers = None
+    fused = logits(model, batch)
     for row in range(3):
         vectors = {"image": image[row].mean(0), "text": text[row][mask[row]].mean(0)}
-        for name, norm in model.fusion.norms.items():
+        for name, norm in (("image", own.image_norm), ("text", own.text_norm)):
             vectors[name] = (vectors[name] - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
-        alone = {name: getattr(model.classifier, name)(vector) for name, vector in vectors.items()}
-        hidden = [model.fusion.projections[name](vector).relu() for name, vector in vectors.items()]
-        whole = alone["image"] + alone["text"] + model.classifier.both(torch.cat(hidden))
-        expected = (whole, alone["text"], alone["image"])[row]
+        alone = {name: getattr(own, name)(vector) for name, vector in vectors.items()}
+        expected = (fused[row] + alone["image"] + alone["text"], alone["text"], alone["image"])[row]
         torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_calibration_divides_all_logits(tiny_model, tiny_batch):
+    model = scramble(tiny_model(modality_classifiers=True))
+    batch = tiny_batch()
+    before = logits(model, batch)
+    model.calibrate(2.0)
+    torch.testing.assert_close(logits(model, batch), before / 2)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
@@ -374,9 +387,9 @@ def test_mean_max_tokens_are_those_of_the_last_feature_map(name, tiny_model, tin
     assert mask.shape == (3, 1) and model.classify((found, mask)).shape == (3, 3)
 
 
-def test_each_modality_of_the_late_fusion_has_a_loss_of_its_own(tiny_model, tiny_batch):
+def test_each_modality_with_a_classifier_has_a_loss_of_its_own(tiny_model, tiny_batch):
     """Rows that lack a modality count in the loss of the other one, and in no loss twice."""
-    model = scramble(tiny_model(fusion="late")).train()
+    model = scramble(tiny_model(modality_classifiers=True)).train()
     batch = tiny_batch() | dict(image_mask=torch.tensor([True, False, True]))
     labels = torch.tensor([[1.0, -1, 0], [1, 0, 0], [0, 1, 1]])
     output = model(**batch, labels=labels)
@@ -393,9 +406,9 @@ def test_each_modality_of_the_late_fusion_has_a_loss_of_its_own(tiny_model, tiny
 
 
 def test_standardisation_counts_the_rows_that_are_there(tiny_model, tiny_batch):
-    model = tiny_model(fusion="late").train()
+    model = tiny_model(modality_classifiers=True).train()
     model.text_model.eval()  # without dropout
-    batch, norm = tiny_batch(), model.fusion.norms["text"]
+    batch, norm = tiny_batch(), model.modality_classifiers.text_norm
     rows = {name: value[[0, 2]] for name, value in batch.items()}
     model(**batch | dict(text_mask=torch.tensor([True, False, True])))
     found = state(norm)

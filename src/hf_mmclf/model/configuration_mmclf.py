@@ -63,8 +63,7 @@ class MMClfConfig(PreTrainedConfig):
             Pooling of a model without images: `"pooler"` (the encoder's pooler) or `"mean"` (mean of the tokens).
         fusion (`str`, *optional*, defaults to `"self"`):
             Fusion of image and text. self: each attends to itself; cross_text: text tokens attend to the image;
-            cross_image: image tokens attend to the text; concat: no attention; late: a classifier for each modality,
-            whose logits are added to those of a small network over both; label_queries: one learned query for
+            cross_image: image tokens attend to the text; concat: no attention; label_queries: one learned query for
             each label attends to all tokens.
         fusion_layers (`int`, *optional*, defaults to 1):
             Number of decoder layers of label_queries.
@@ -81,8 +80,12 @@ class MMClfConfig(PreTrainedConfig):
         width (`int`, *optional*, defaults to 512):
             Size of the vector to which each modality is projected before the classifier.
         dropout (`float`, *optional*, defaults to 0.0):
-            Dropout probability: in the projections if they have a norm, otherwise before the classifier. The fusion
-            late drops out image features with it, and text features and hidden units with smaller probabilities.
+            Dropout probability: in the projections if they have a norm, otherwise before the classifier.
+        modality_classifiers (`bool`, *optional*, defaults to `False`):
+            Add a linear classifier for the image and one for the text, each with a loss of its own. The logits of a
+            row are the sum of theirs and the fusion's; without one modality, those of the other one alone.
+        feature_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout probability of the image features that `modality_classifiers` read; for text features 0.8 of it.
         learned_missing (`bool`, *optional*, defaults to `False`):
             Represent a missing image or text by a learned vector instead of zeros. Training turns this on if a
             training row lacks one of them.
@@ -128,7 +131,7 @@ class MMClfConfig(PreTrainedConfig):
     text_config: PreTrainedConfig | dict | None = None
     text_weights: str | None = None
     text_pooling: Literal["pooler", "mean"] = "pooler"
-    fusion: Literal["self", "cross_text", "cross_image", "concat", "label_queries", "late"] = option("self")
+    fusion: Literal["self", "cross_text", "cross_image", "concat", "label_queries"] = option("self")
     fusion_layers: int = option(1)
     fusion_heads: int = option(4)
     fusion_norm: bool = option(False)
@@ -136,6 +139,8 @@ class MMClfConfig(PreTrainedConfig):
     image_tokens: Literal["pooled", "spatial", "stages", "mean_max"] = option("pooled")
     width: int = option(512)
     dropout: float | int = option(0.0)
+    modality_classifiers: bool = option(False)
+    feature_dropout: float | int = option(0.0)
     learned_missing: bool = option(False)
     modality_dropout: float | int = option(0.0)
     unfrozen_image_stages: int | None = option(None)
@@ -185,7 +190,7 @@ class MMClfConfig(PreTrainedConfig):
             raise ValueError(f"min_labels is {self.min_labels}; expected at least 0")
         if self.fusion == "label_queries" and self.width % self.fusion_heads:
             raise ValueError(f"width is {self.width}; expected a multiple of fusion_heads, {self.fusion_heads}")
-        for name in ("dropout", "modality_dropout"):
+        for name in ("dropout", "feature_dropout", "modality_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a probability in [0, 1)")
 

@@ -197,100 +197,67 @@ class RowBatchNorm(nn.BatchNorm1d):
         return super().forward(vectors)
 
 
-class LateFusion(nn.Module):
+class ModalityClassifiers(nn.Module):
     """
-    Keep the vector of each modality for a classifier of its own, and compute hidden units from both.
+    A linear classifier for the image and one for the text, each trained by a loss of its own (late fusion).
 
-    The vectors are the means of the tokens. They are standardised over the training rows, because the scales of the
-    features of frozen backbones differ, and dropped out strongly, because these have many more features than a few
-    thousand rows can tell apart.
+    A modality that is easier to learn keeps the other one from being learned (Wang et al. 2020, "What Makes Training
+    Multi-Modal Classification Networks Hard?"). With a loss of its own each one stands on its own.
+
+    The vectors are the means of the tokens. They are standardised over the training rows, because the scales of
+    backbones differ, and dropped out, because frozen backbones have many more features than a few thousand rows can
+    tell apart.
 
     Args:
-        config ([`MMClfConfig`]): Number of hidden units (`width`) of each modality, and `dropout`.
+        config ([`MMClfConfig`]): Number of labels and `feature_dropout`.
         image_width, text_width (`int`): Size of the image tokens and of the text tokens.
     """
 
     def __init__(self, config: MMClfConfig, image_width: int, text_width: int):
         super().__init__()
-        widths = {"image": image_width, "text": text_width}
-        rates = {"image": config.dropout, "text": 0.8 * config.dropout, "hidden": 0.6 * config.dropout}
-        self.norms = nn.ModuleDict({name: RowBatchNorm(size, affine=False) for name, size in widths.items()})
-        self.projections = nn.ModuleDict({name: nn.Linear(size, config.width) for name, size in widths.items()})
-        self.dropouts = nn.ModuleDict({name: nn.Dropout(rate) for name, rate in rates.items()})
+        self.image_norm = RowBatchNorm(image_width, affine=False)
+        self.text_norm = RowBatchNorm(text_width, affine=False)
+        self.image_dropout = nn.Dropout(config.feature_dropout)
+        self.text_dropout = nn.Dropout(0.8 * config.feature_dropout)  # texts have fewer features
+        self.image = nn.Linear(image_width, config.num_labels)
+        self.text = nn.Linear(text_width, config.num_labels)
 
     def forward(
         self, image: tuple[torch.Tensor, torch.Tensor] | None, text: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Compute the vectors that [`LateClassifier`] needs.
+        Compute the logits of each modality.
 
         Args:
             image, text (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Tokens `(batch, tokens, width)` and their
                 masks; `None` if all rows lack the modality.
 
         Returns:
-            `tuple[list[torch.Tensor], torch.Tensor]`: The vectors of image, text and hidden units, each with one row
-            for each row of the batch, and which rows have image and text, `(batch, 2)`.
+            `tuple[torch.Tensor, torch.Tensor]`: Logits `(batch, 2, labels)`, images first, and which rows have the
+            modality, `(batch, 2)`. The logits of rows that lack it are 0.
         """
-        vectors, hidden, present = [], [], []
-        for name, modality, other in (("image", image, text), ("text", text, image)):
-            if modality is None:
-                vector = other[0].new_zeros(len(other[0]), self.norms[name].num_features)
-                there = torch.zeros_like(other[1][:, 0])
-            else:
-                there = modality[1].any(1)
-                vector = self.dropouts[name](self._standardised(name, masked_mean(*modality), there))
-            vectors.append(vector)
-            hidden.append(F.relu(self.projections[name](vector)))
+        logits, present = [], []
+        for tokens, other, norm, dropout, classifier in (
+            (image, text, self.image_norm, self.image_dropout, self.image),
+            (text, image, self.text_norm, self.text_dropout, self.text),
+        ):
+            if tokens is None:
+                tokens = other[0].new_zeros(len(other[0]), 1, norm.num_features), torch.zeros_like(other[1][:, :1])
+            there = tokens[1].any(1)
+            vectors = dropout(_standardised(norm, masked_mean(*tokens), there))
+            logits.append(torch.where(there[:, None], classifier(vectors), 0))
             present.append(there)
-        return [*vectors, self.dropouts["hidden"](torch.cat(hidden, 1))], torch.stack(present, 1)
-
-    def _standardised(self, name: str, vectors: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """Standardise the rows that are present, which alone count in the statistics; the others become zeros."""
-        if not self.training:
-            return torch.where(present[:, None], self.norms[name](vectors), 0)
-        result = torch.zeros_like(vectors)
-        if present.any():
-            result[present] = self.norms[name](vectors[present]).to(result.dtype)
-        return result
+        return torch.stack(logits, 1), torch.stack(present, 1)
 
 
-class LateClassifier(nn.Module):
-    """
-    A linear classifier for each modality and one for the hidden units of both; the logits are the sum.
-
-    A row that lacks a modality has the logits of the other one alone. So each modality learns to stand on its own.
-
-    Args:
-        config ([`MMClfConfig`]): Number of hidden units and of labels.
-        image_width, text_width (`int`): Size of the vectors of image and text.
-    """
-
-    def __init__(self, config: MMClfConfig, image_width: int, text_width: int):
-        super().__init__()
-        self.image = nn.Linear(image_width, config.num_labels)
-        self.text = nn.Linear(text_width, config.num_labels)
-        self.both = nn.Linear(2 * config.width, config.num_labels)
-
-    def forward(self, vectors: list[torch.Tensor], present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Compute logits.
-
-        Args:
-            vectors (`list[torch.Tensor]`), present (`torch.Tensor` of shape `(batch, 2)`): From [`LateFusion`].
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: The logits `(batch, labels)`, and those of image and text alone,
-            `(batch, 2, labels)`, NaN where a row lacks the modality.
-        """
-        image, text, both = (
-            classify(vector) for classify, vector in zip((self.image, self.text, self.both), vectors, strict=True)
-        )
-        has_image, has_text = present[:, :1], present[:, 1:]
-        logits = torch.where(has_image, image, 0) + torch.where(has_text, text, 0)
-        logits = logits + torch.where(has_image & has_text, both, 0)
-        alone = [torch.where(has, own, torch.nan) for has, own in ((has_image, image), (has_text, text))]
-        return logits, torch.stack(alone, 1)
+def _standardised(norm: RowBatchNorm, vectors: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Standardise the rows that are present, which alone count in the statistics; the others become zeros."""
+    if not norm.training:
+        return torch.where(present[:, None], norm(vectors), 0)
+    result = torch.zeros_like(vectors)
+    if present.any():
+        result[present] = norm(vectors[present]).to(result.dtype)
+    return result
 
 
 def with_losses_alone(
@@ -305,7 +272,8 @@ def with_losses_alone(
     Args:
         criterion (`Callable`): Computes a loss from logits and labels, of which -1 is unknown.
         logits (`torch.Tensor` of shape `(batch, labels)`): The logits.
-        modality_logits (`torch.Tensor` of shape `(batch, 2, labels)`, *optional*): From [`LateClassifier`].
+        modality_logits (`torch.Tensor` of shape `(batch, 2, labels)`, *optional*): Logits of each modality, NaN where
+            a row lacks it.
         labels (`torch.Tensor` of shape `(batch, labels)`): Multi-hot targets, -1 if unknown.
     """
     if modality_logits is None:

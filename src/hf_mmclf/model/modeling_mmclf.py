@@ -31,9 +31,8 @@ from .fusion_mmclf import (
     Fusion,
     LabelClassifier,
     LabelQueries,
-    LateClassifier,
-    LateFusion,
     MissingModality,
+    ModalityClassifiers,
     masked_mean,
     projection,
     with_losses_alone,
@@ -51,8 +50,8 @@ class MMClfOutput(SequenceClassifierOutput):
     Args:
         loss, logits, hidden_states, attentions: As for `SequenceClassifierOutput`.
         modality_logits (`torch.FloatTensor` of shape `(batch, 2, num_labels)`, *optional*):
-            The logits of image and text alone, NaN where a row lacks the modality. Only the fusion late has them, and
-            only in training mode.
+            The logits of image and text alone, NaN where a row lacks the modality. Only a model with
+            `modality_classifiers` has them, and only in training mode.
     """
 
     modality_logits: torch.FloatTensor | None = None
@@ -105,8 +104,10 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         self.main_input_name = "pixel_values" if config.has_image else "input_ids"
 
         both = len(widths) == 2
-        is_late = both and config.fusion == "late"
-        if both and not is_late:
+        self.modality_classifiers = None
+        if both:
+            if config.modality_classifiers:
+                self.modality_classifiers = ModalityClassifiers(config, widths["image"], widths["text"])
             learned = config.learned_missing or config.modality_dropout > 0
             self.missing_image = MissingModality(widths["image"], learned)
             self.missing_text = MissingModality(widths["text"], learned)
@@ -114,9 +115,6 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         if config.fusion == "label_queries":
             self.fusion = LabelQueries(config, list(widths.values()))
             self.classifier = LabelClassifier(config.width, config.num_labels)
-        elif is_late:
-            self.fusion = LateFusion(config, widths["image"], widths["text"])
-            self.classifier = LateClassifier(config, widths["image"], widths["text"])
         elif both:
             self.fusion = Fusion(config, widths["image"], widths["text"])
             self.image_projection = projection(config, widths["image"])
@@ -301,9 +299,8 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
     def _classify(self, image: Tokens | None, text: Tokens | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the logits of [`~MMClfForImageTextClassification.classify`], and in training those of modalities."""
         both = self.config.has_image and self.config.has_text
-        if both and self.config.fusion == "late":
-            logits, alone = self.classifier(*self.fusion(image, text))
-            return logits, alone if self.training else None
+        own = None if self.modality_classifiers is None else self.modality_classifiers(image, text)
+        image, text = self._drop_features(image), self._drop_features(text)
         if both:
             image = self.missing_image.blank(text[0]) if image is None else image
             text = self.missing_text.blank(image[0]) if text is None else text
@@ -316,7 +313,17 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
             features = torch.cat([self.image_projection(image_vector), self.text_projection(text_vector)], dim=-1)
         else:
             features = masked_mean(*modalities[0])
-        return self.classifier(self.dropout(features)), None
+        logits = self.classifier(self.dropout(features))
+        if own is None:
+            return logits, None
+        alone, present = own
+        logits = torch.where(present.all(1, keepdim=True), logits, 0) + alone.sum(1)
+        return logits, torch.where(present.unsqueeze(-1), alone, torch.nan) if self.training else None
+
+    def _drop_features(self, tokens: Tokens | None) -> Tokens | None:
+        if tokens is None or not (self.training and self.config.feature_dropout):
+            return tokens
+        return F.dropout(tokens[0], self.config.feature_dropout), tokens[1]
 
     def _check_inputs(self, pixels: torch.Tensor | None, tokens: torch.Tensor | None) -> None:
         config = self.config
@@ -361,9 +368,10 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
 
     @torch.no_grad()
     def calibrate(self, temperature: float) -> None:
-        """Divide the classifier's parameters, and so all logits, by a temperature."""
-        for parameter in self.classifier.parameters():
-            parameter.div_(temperature)
+        """Divide the parameters of all classifiers, and so all logits, by a temperature."""
+        for classifier in filter(None, (self.classifier, self.modality_classifiers)):
+            for parameter in classifier.parameters():
+                parameter.div_(temperature)
 
 
 __all__ = ["MMClfForImageTextClassification", "MMClfOutput"]

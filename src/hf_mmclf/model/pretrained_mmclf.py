@@ -22,7 +22,7 @@ from .backbones_mmclf import (
     token_kind,
 )
 from .configuration_mmclf import MMClfConfig
-from .fusion_mmclf import LabelClassifier, LabelQueries, LateClassifier, MissingModality, PreScaledLayerNorm
+from .fusion_mmclf import LabelClassifier, LabelQueries, MissingModality, PreScaledLayerNorm
 
 # The classes with which the pipelines of transformers for one modality load their models.
 PIPELINE_MODELS = {
@@ -64,10 +64,6 @@ class MMClfPreTrainedModel(PreTrainedModel):
         elif isinstance(module, LabelClassifier):
             init.normal_(module.weight, std=self.config.width**-0.5)
             init.zeros_(module.bias)
-        elif isinstance(module, LateClassifier):  # the logits begin at -2, as labels are rare
-            for linear, bias in ((module.image, -2.0), (module.text, -2.0), (module.both, 2.0)):
-                init.zeros_(linear.weight)
-                init.constant_(linear.bias, bias)
 
     @torch.no_grad()
     def initialize_weights(self):

@@ -22,7 +22,7 @@ APPLICABLE = ("dropout", "modality_dropout", "min_labels", "unfrozen_image_stage
 # Tensors with one row for each label.
 LABEL_TENSORS = ("classifier.weight", "classifier.bias", "fusion.queries")
 LABEL_TENSORS += tuple(
-    f"classifier.{part}.{kind}" for part in ("image", "text", "both") for kind in ("weight", "bias")
+    f"modality_classifiers.{part}.{kind}" for part in ("image", "text") for kind in ("weight", "bias")
 )
 
 

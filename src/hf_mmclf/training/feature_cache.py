@@ -42,7 +42,7 @@ PACKAGES = ("hf_mmclf", "torch", "torchcodec", "torchvision", "timm", "transform
 # Fields of the configuration that do not change the features: the parts after the backbones, labels and thresholds.
 AFTER_BACKBONES = (
     *("fusion", "fusion_layers", "fusion_heads", "fusion_norm", "width", "projection_norm", "dropout"),
-    *("learned_missing", "modality_dropout"),
+    *("learned_missing", "modality_dropout", "modality_classifiers", "feature_dropout"),
     *("min_labels", "threshold", "label_thresholds", "missing_thresholds", "label_ids", "id2label", "label2id"),
     *("image_weights", "text_weights", "transformers_version"),
 )

@@ -139,7 +139,8 @@ def warn_of_idle(config: MMClfConfig, args: ModelArguments, augmentation: Augmen
     of_texts = ("max_tokens", "text_weights", "unfrozen_text_layers", "tokenizer", "vocab_size")
     of_texts += ("swap_words", "drop_words")
     of_fusions = ("fusion", "fusion_norm", "projection_norm", "image_tokens", "width")
-    of_fusions += ("learned_missing", "modality_dropout", "fusion_layers", "fusion_heads")
+    of_fusions += ("learned_missing", "modality_dropout", "modality_classifiers", "feature_dropout")
+    of_fusions += ("fusion_layers", "fusion_heads")
     is_trained = args.tokenizer == "train" or (args.tokenizer is None and args.backbone_weights()["text"] is None)
     rules = [
         (config.has_image, of_images, "the model has no image backbone"),

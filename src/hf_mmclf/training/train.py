@@ -283,7 +283,11 @@ def _fit_thresholds(
     def settled(scores: np.ndarray) -> np.ndarray:
         return np.where(best_labels(scores, config.min_labels), 1.0, scores)  # which every threshold accepts
 
-    if config.has_image and config.has_text and (config.learned_missing or config.modality_dropout):
+    if (
+        config.has_image
+        and config.has_text
+        and (config.learned_missing or config.modality_dropout or config.modality_classifiers)
+    ):
         both = np.flatnonzero(np.logical_and(*presence(rows)))
         if len(both):  # the other rows have thresholds of their own
             rows, scores, references = rows.select(both), scores[both], references[both]
