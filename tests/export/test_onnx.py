@@ -31,7 +31,7 @@ def exported(tmp_path_factory):
     torch.manual_seed(0)
     fields = dict(fusion="label_queries", image_tokens="stages", learned_missing=True, modality_dropout=0.2)
     fields |= dict(threshold=0.45, label_thresholds={"dog": 0.3}, missing_thresholds={"image": 0.2, "text": 0.6})
-    fields["min_labels"] = 1
+    fields |= dict(min_labels=1, modality_classifiers=True)
     predictor, rows, folder = load(tmp_path_factory.mktemp("both"), **fields)
     classifier = predictor.model.classifier
     with torch.no_grad():  # scores around 0.5

@@ -1,3 +1,4 @@
+import copy
 import csv
 import json
 
@@ -6,6 +7,7 @@ import torch
 
 from hf_mmclf import Predictor, parse_arguments, train
 from hf_mmclf.data.arguments import DataArguments
+from hf_mmclf.training.continuation import StartingModel
 
 TINY = ["--max_steps", "2", "--dataloader_num_workers", "0", "--disable_tqdm", "true"]
 
@@ -76,3 +78,15 @@ def test_a_preset_beside_a_finished_model(first, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--init_from", str(first), "--preset", "demo"])
     assert "leave out --preset" in capsys.readouterr().err
+
+
+def test_known_labels_keep_the_classifiers_of_each_modality(tiny_model):
+    old = tiny_model(modality_classifiers=True, id2label={0: "cat", 1: "dog", 2: "bird"})
+    config = copy.deepcopy(old.config)
+    config.id2label = {0: "ant", 1: "bird", 2: "cat"}
+    config.label2id, config.label_ids = {name: i for i, name in config.id2label.items()}, ["ant", "bird", "cat"]
+    new = StartingModel("old", old, None).start(config)
+    for part in ("image", "text"):
+        for kind in ("weight", "bias"):
+            own, kept = (getattr(getattr(model.modality_classifiers, part), kind) for model in (old, new))
+            assert torch.equal(kept[1], own[2]) and torch.equal(kept[2], own[0])

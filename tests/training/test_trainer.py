@@ -151,6 +151,20 @@ def test_the_criterion_is_the_loss_of_training_and_evaluation(tiny_model, argume
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected)
 
 
+def test_the_criterion_is_the_loss_of_each_modality_too(tiny_model, arguments, rows):
+    model = tiny_model(modality_classifiers=True)
+    trainer = MMClfTrainer(model, arguments(), criterion=MultiLabelLoss("focal"), train_dataset=rows())
+    batch = default_data_collator(rows(4))
+    evaluated = trainer.compute_loss(model.eval(), batch)
+    assert torch.equal(evaluated, MultiLabelLoss("focal")(model(**batch).logits, batch["labels"]))
+    model.training = True  # without dropout and statistics of the batch
+    output = model(**batch)
+    image, text = output.modality_logits.unbind(1)
+    expected = sum(MultiLabelLoss("focal")(logits, batch["labels"]) for logits in (output.logits, image, text))
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert output.loss.item() > evaluated.item()
+
+
 def test_training_rows_have_a_collator_of_their_own(tiny_model, arguments, rows):
     plain = default_data_collator
     trainer = MMClfTrainer(
