@@ -39,7 +39,7 @@ def test_one_row_is_a_batch_of_one(processor):
         assert all(torch.equal(inputs[name], values) for name, values in expected.items())
 
 
-def test_a_missing_modality_is_masked(processor):
+def test_a_missing_modality_is_masked(processor, notices):
     inputs = processor(images=[None, IMAGES[1], None], text=[TEXTS[0], None, " \n"])
     assert inputs["image_mask"].tolist() == [False, True, False]
     assert inputs["text_mask"].tolist() == [True, False, False]
@@ -47,7 +47,9 @@ def test_a_missing_modality_is_masked(processor):
     assert torch.equal(inputs["pixel_values"][1:2], processor(images=IMAGES[1])["pixel_values"])
     assert set(processor(images=IMAGES)) == {"pixel_values", "image_mask"}
     assert set(processor(text=TEXTS)) == {"input_ids", "attention_mask", "token_type_ids", "text_mask"}
+    notices()
     assert not processor(images=[None], text="a")["image_mask"].any()
+    assert notices() == []
 
 
 def test_long_texts_are_truncated(processor):

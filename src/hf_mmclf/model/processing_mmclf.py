@@ -158,7 +158,7 @@ class MMClfProcessor(ProcessorMixin):
             kind = options["images_kwargs"].pop("return_tensors")
             given = [image for image in pixel_values if image is not None]
             if not given:  # a black image tells the shape
-                black = np.zeros((1, 1, 3), np.uint8)
+                black = np.zeros((8, 8, 3), np.uint8)  # of 1 x 1 x 3, transformers warns of ambiguous channels
                 given = self.image_processor(black, return_tensors="pt", **options["images_kwargs"])["pixel_values"]
             blank = torch.zeros_like(given[0])
             pixels = [blank if image is None else image for image in pixel_values]
