@@ -19,7 +19,7 @@ def test_every_flag_it_names_exists(capsys):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         known += capsys.readouterr().out
-    scripts = Path(onnx_predict.__file__), *(ROOT / "examples").glob("*.py")
+    scripts = Path(onnx_predict.__file__), *(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")
     known += "".join(script.read_text(encoding="utf-8") for script in scripts)
     launcher = {option for action in launch_command_parser()._actions for option in action.option_strings}
     assert not [flag for flag in re.findall(r"--[a-z_0-9]+", README) if flag not in known and flag not in launcher]
