@@ -54,7 +54,6 @@ from hf_mmclf import (
 from hf_mmclf.data.prepare import prepare_data
 from hf_mmclf.data.tables import read_table
 from hf_mmclf.evaluation.report import format_table
-from hf_mmclf.model.configuration_mmclf import best_labels
 from hf_mmclf.model.fusion_mmclf import masked_mean
 from hf_mmclf.training.inputs import prepare_inputs
 
@@ -189,16 +188,10 @@ def competition(options: argparse.Namespace) -> list[dict]:
                 write_splits(splits, Path(scratch), has_more)
                 data = DataArguments(data=scratch, **common)
                 given = ["--data", scratch, "--image_dir", common["image_dir"], "--label_names_file"]
-                given += [
-                    common["label_names_file"],
-                    "--seed",
-                    str(seed),
-                    "--no_ablations",
-                    *backbones,
-                    *flags.split(),
-                ]
+                given += [common["label_names_file"], "--seed", str(seed), "--no_ablations", *backbones]
+                given += flags.split()
                 runs.setdefault(name, []).append(trained(given, data, (without("text"), without("image"))))
-                print(competition_lines({name: runs[name][-1:]}), flush=True)
+                print(format_table(competition_lines({name: runs[name][-1:]}), markdown=True), flush=True)
     return competition_lines(runs)
 
 
@@ -271,11 +264,8 @@ def competition_lines(runs: Mapping[str, list[dict]]) -> list[dict]:
         if "config" in run:
             predicted = run["config"].decide(scored[0], **present)
         else:
-            config = MMClfConfig(num_labels=scored[0].shape[1], min_labels=1)
-            best = best_labels(run["validation"][0], 1)
-            settled = np.where(best, 1.0, run["validation"][0])  # which every threshold accepts
-            config.threshold = best_threshold(settled, run["validation"][1])
-            predicted = config.decide(scored[0])
+            threshold = best_threshold(*run["validation"], min_labels=1)
+            predicted = MMClfConfig(num_labels=scored[0].shape[1], min_labels=1, threshold=threshold).decide(scored[0])
         return tuple(f1_score(scored[1], predicted, average=kind, zero_division=0) for kind in ("micro", "samples"))
 
     lines = []
@@ -289,7 +279,8 @@ def competition_lines(runs: Mapping[str, list[dict]]) -> list[dict]:
             pairs = columns.get(title)
             for index, kind in enumerate(("micro-F1", "samples-F1")):
                 line[f"{title}{kind}"] = spread([pair[index] for pair in pairs]) if pairs else None
-        lines.append(line | {"minutes": statistics.mean(run.get("minutes", 0.0) for run in results)})
+        minutes = [run["minutes"] for run in results if "minutes" in run]
+        lines.append(line | {"minutes": statistics.mean(minutes) if minutes else None})
     return lines
 
 

@@ -118,6 +118,7 @@ COMMANDS = {
             "--onnx": dict(action="store_true", required=True, help="Write ONNX; there is no other format."),
             "--int8": dict(action="store_true", help="Write a quantized model too, and report what it costs."),
             "--output": dict(help="Folder to write to (default: FOLDER/onnx)."),
+            "--overwrite": dict(action="store_true", help="Let it replace files in that folder."),
         },
     ),
     "presets": Command(

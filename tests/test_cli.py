@@ -357,6 +357,8 @@ class TestExport:
     def test_errors_are_one_line(self, folders, capsys):
         assert "no model here" in error_of(["export", "nowhere", "--onnx"], capsys)
         assert "--onnx" in error_of(["export", folders["both"]], capsys)
+        error = error_of(["export", folders["both"], "--onnx", "--split", "test", "--batch_size", "2"], capsys)
+        assert "--batch_size, --split have no effect, because --data is not given" in error
 
 
 def test_predict_on_one_image_prints_its_labels_and_nothing_else(folders, table, here):

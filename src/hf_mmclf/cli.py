@@ -107,6 +107,7 @@ def _compare(argv: Sequence[str]) -> None:
     from .inference.comparison import comparison_text
     from .inference.predictions import check_output, write_json
 
+    _check_overwrite(own)
     if own.output:
         check_output(own.output, (".json",), own.overwrite, _tables(data), [own.a, own.b])
     comparison = compare(Predictor.load(own.a), Predictor.load(own.b), data, options.split, options.batch_size)
@@ -122,11 +123,14 @@ def _predict(argv: Sequence[str]) -> None:
     """Print or write the labels of rows."""
     options, data, own = _parse("predict", argv)
     from . import Predictor
+    from .data.arguments import changed_fields, refuse_idle
     from .inference import predictions
 
     given = own.images or own.texts
     if bool(given) == bool(data.data):
         raise ValueError("expected either --data (a table) or --images and --texts")
+    refuse_idle(changed_fields(data), [(bool(given), ["validation_data", "test_data"], "predict reads --data alone")])
+    _check_overwrite(own)
     if own.output:
         inputs = [*_tables(data), *(own.images or ())]
         predictions.check_output(own.output, predictions.PREDICTION_SUFFIXES, own.overwrite, inputs, [own.folder])
@@ -162,10 +166,13 @@ def _export(argv: Sequence[str]) -> None:
     """Write a model as ONNX."""
     options, data, own = _parse("export", argv)
     from . import Predictor, export_onnx
+    from .data.arguments import changed_fields, refuse_idle
 
+    given = changed_fields(data) | changed_fields(options)
+    refuse_idle(given, [(data.data is not None, sorted(given), "--data is not given")])
     predictor = Predictor.load(own.folder)
     rows, folder = _rows(predictor, data, options.split)[1:] if data.data else (None, None)
-    export_onnx(predictor, own.output, own.int8, rows, folder)
+    export_onnx(predictor, own.output, own.int8, rows, folder, overwrite=own.overwrite)
     print(f"\nOutput folder: {own.output or Path(own.folder, 'onnx')}")
 
 
@@ -183,6 +190,11 @@ def _cache(argv: Sequence[str]) -> None:
     from .training.cache_folders import caches_table
 
     print(caches_table(own.feature_cache_dir, own.clear))
+
+
+def _check_overwrite(own: Any) -> None:
+    if own.overwrite and not own.output:
+        raise ValueError("--overwrite has no effect, because --output is not given; leave it out")
 
 
 def _tables(data: Any) -> list[str | None]:

@@ -269,7 +269,11 @@ def test_arguments_of_images_are_named_where_there_are_none(notices):
 def test_a_names_file_of_other_labels_does_not_fit_a_trained_model(tmp_path):
     path, labels = tmp_path / "names.json", LabelSet(("1", "2"), ("dog", "cat"))
     rows = Dataset.from_dict({"text": ["a"], "labels": ["1"]})
-    for names, message in (({"1": "cat"}, "has the name 'dog' for it"), ({"7": "bird"}, "but the model has 1, 2")):
+    for names, message in (
+        ({"1": "cat"}, "has the name 'dog' for it"),
+        ({"7": "bird"}, "but the model has 1, 2"),
+        ({"1": "dog"}, "1 labels, but the model has 2: 1, 2"),
+    ):
         path.write_text(json.dumps(names), encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             prepare_data(DataArguments(data=rows, label_names_file=str(path)), uses_image=False, labels=labels)

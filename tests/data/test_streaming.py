@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -69,6 +70,42 @@ def flags(folder: Path, output: Path, *more: str) -> list[str]:
     given += ["--streaming", "--label_names_file", str(folder / "names.json"), "--validation_rows", "10"]
     given += ["--shuffle_buffer", "8", "--per_device_train_batch_size", "4", "--output_dir", str(output)]
     return [*given, "--use_cpu", "true", *more]
+
+
+def test_a_stream_says_what_a_table_says(folder, tmp_path, notices):
+    """Columns, labels that look wrong, and rows in two splits, of the first rows and of the validation rows."""
+    rows = [{"text": f"text {row}", "labels": "cat" if row % 2 else "Cat"} for row in range(20)]
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "names.json").write_text('{"cat": "cat", "Cat": "Cat"}', encoding="utf-8")
+    args = DataArguments(str(tmp_path / "train.jsonl"), streaming=True, label_names_file=str(tmp_path / "names.json"))
+    stream, _ = open_stream(
+        dataclasses.replace(args, validation_data=str(tmp_path / "validation.jsonl")), False, True, seed=0
+    )
+    said = notices()
+    assert "Columns: text 'text', labels 'labels' (separated by white space)" in said
+    assert any("train rows: these labels look like spellings of one label" in line for line in said)
+    assert "20 of 20 validation rows are training rows too" in said
+    preprocessing = Preprocessing(MMClfProcessor(None, load_tokenizer("train", ["text"], 60)[0]), Path("."))
+    StreamCollator(stream, preprocessing.evaluation, preprocessing.collator)(take(stream, 4))
+    assert notices() == []
+
+
+@pytest.mark.parametrize(
+    "content, changes, message",
+    [
+        ("", {}, "rows.jsonl: no training rows"),
+        ("\n\n", {}, "rows.jsonl: (no training rows|cannot be read as a stream)"),
+        ('{"text": "a", "labels"', {}, "rows.jsonl: cannot be read as a stream"),
+        ('{"text": "a"}', {"shuffle_buffer": 0}, "--shuffle_buffer is 0 .* expected at least 1"),
+        ('{"text": "a"}', {"validation_rows": -1}, "--validation_rows is -1; expected .* at least 0"),
+    ],
+)
+def test_streams_that_cannot_be_read(tmp_path, content, changes, message):
+    (tmp_path / "rows.jsonl").write_text(content, encoding="utf-8")
+    given = {"validation_rows": 1, **changes}
+    with pytest.raises(ValueError, match=message):
+        open_stream(DataArguments(str(tmp_path / "rows.jsonl"), streaming=True, **given), False, True, seed=0)
 
 
 def test_a_stream_has_no_end_and_each_pass_has_another_order(folder):

@@ -291,8 +291,13 @@ def test_formulas_of_excel_without_a_value(tmp_path):
     book = openpyxl.Workbook()
     for row in (("text", "labels"), ("a dog", "dog"), ("a cat", '="cat"')):
         book.active.append(row)
+    book.active["C4"] = "=1+1"  # the last row has no value at all
     book.save(tmp_path / "rows.xlsx")  # openpyxl computes nothing
     with pytest.raises(ValueError, match="""rows.xlsx:3: column 'labels' has the formula '="cat"' and no value"""):
+        read_source(str(tmp_path / "rows.xlsx"))
+    book.active["B3"] = "cat"
+    book.save(tmp_path / "rows.xlsx")
+    with pytest.raises(ValueError, match="rows.xlsx:4: column 'Unnamed: 2' has the formula '=1[+]1' and no value"):
         read_source(str(tmp_path / "rows.xlsx"))
 
 

@@ -10,6 +10,7 @@ from scipy.special import expit
 from sklearn.metrics import f1_score
 from support.metric_oracle import averages, draw, precision_recall_f
 
+from hf_mmclf import MMClfConfig
 from hf_mmclf.data.demo import DEMO_LABELS, demo_dataset
 from hf_mmclf.evaluation.thresholds import OBJECTIVES, best_threshold, label_thresholds
 
@@ -133,6 +134,25 @@ def test_cuts_that_differ_by_rounding_are_equally_good():
     found = [averages(scores >= cut, references)["f1_samples"] for cut in np.unique(scores)]
     assert found[-2] == pytest.approx(found[0], abs=1e-15) and max(found) == pytest.approx(found[0], abs=1e-15)
     assert best_threshold(scores, references, "samples") == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("average", ["micro", "samples"])
+def test_thresholds_are_fitted_with_min_labels_in_force(seed, average):
+    generator = np.random.default_rng(seed)
+    references = (generator.random((40, 4)) < 0.3).astype(int)
+    references[references.sum(1) == 0, 0] = 1
+    scores = np.clip(0.3 * references + 0.6 * generator.random((40, 4)), 0, 1).round(2)
+
+    def value(threshold, **more):
+        config = MMClfConfig(num_labels=4, min_labels=1, threshold=threshold, **more)
+        return f1_score(references, config.decide(scores), average=average, zero_division=1)
+
+    found = best_threshold(scores, references, average, min_labels=1)
+    assert value(found) == pytest.approx(max(value(cut) for cut in np.unique(scores)), abs=1e-12)
+    own = label_thresholds(scores, references, 0, average, min_labels=1)
+    names = MMClfConfig(num_labels=4).label_names
+    assert value(found, label_thresholds=dict(zip(names, own.tolist(), strict=True))) >= value(found) - 1e-12
 
 
 def test_best_threshold_on_every_small_table():

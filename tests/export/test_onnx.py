@@ -138,10 +138,10 @@ def test_a_wrong_file_is_found_and_not_written(exported, tmp_path, monkeypatch):
     with torch.no_grad():
         copy.model.classifier.bias += 0.01
     with pytest.raises(ValueError, match=r"differ by up to 0\.01, more than the tolerance of 0\.001"):
-        export_onnx(copy, tmp_path / "out", rows=rows, folder=predictor.folder)
+        export_onnx(copy, tmp_path / "out", rows=rows, folder=predictor.folder, overwrite=True)
     copy.processor.tokenizer.model_max_length -= 1
     with pytest.raises(ValueError, match=r"predict\.py and the model tokenize texts differently, .*'a dog a man on a"):
-        export_onnx(copy, tmp_path / "out", rows=rows, folder=predictor.folder, tolerance=1)
+        export_onnx(copy, tmp_path / "out", rows=rows, folder=predictor.folder, tolerance=1, overwrite=True)
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "model_int8.onnx"]
 
 
@@ -149,7 +149,9 @@ def test_text_model(tmp_path, capsys):
     predictor, *_ = load(tmp_path, "text")
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "model_int8.onnx").write_text("from an earlier export")
-    report = export_onnx(predictor.folder)  # on texts of the embedded data set
+    with pytest.raises(FileExistsError, match="onnx has model_int8.onnx already; give another --output, or"):
+        export_onnx(predictor.folder)
+    report = export_onnx(predictor.folder, overwrite=True)  # on texts of the embedded data set
     assert report["model.onnx"]["largest_logit_difference"] < 1e-4
     assert "f1" not in report["model.onnx"]
     assert capsys.readouterr().out.splitlines()[-1].startswith("model.onnx ")

@@ -142,6 +142,8 @@ def test_outputs_replace_neither_inputs_nor_files_of_the_model(folder):
     assert "old.csv exists already; give another --output, or --overwrite" in error_of(
         "predict", "m", "--data", "train.csv", "--output", "old.csv"
     )
+    for command in (["predict", "m", "--data", "train.csv"], ["compare", "m", "m", "--data", "train.csv"]):
+        assert "--overwrite has no effect, because --output is not given" in error_of(*command, "--overwrite")
     predict("--output", "old.csv", "--overwrite")
     assert (folder.parent / "old.csv").read_text().startswith("ImageID,Labels\n0.jpg,")
 

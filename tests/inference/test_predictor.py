@@ -256,7 +256,16 @@ def test_a_table_of_which_some_rows_are_known_is_taken_whole(recorded, tmp_path,
 
 def test_other_rows_under_the_same_names_are_not_recognised(recorded, tmp_path, notices):
     name, rows = choose(recorded, tmp_path, range(50, 60))
-    assert name == "train" and len(rows) == 10 and not any("of training" in line for line in notices())
+    assert name == "train" and len(rows) == 10
+    assert [line for line in notices() if "of training" in line] == [
+        "All 10 rows; none is recognised as a row of training"
+    ]
+
+
+def test_rows_that_a_table_repeats_have_the_split_of_training(recorded, tmp_path, notices):
+    repeated = choose(recorded, tmp_path, [*range(10), *range(10)])
+    once = choose(recorded, tmp_path, range(10))
+    assert repeated[0] == once[0] == "test" and len(repeated[1]) == 2 * len(once[1])
 
 
 def test_a_folder_without_digests_says_how_it_recognises_rows(recorded, tmp_path, notices):

@@ -22,6 +22,9 @@ def test_dataclasses_work_from_python(tmp_path):
         (dict(threshold_shrinkage=3.0), "--threshold_shrinkage has no effect, because --label_thresholds is not"),
         (dict(threshold_precision=0.8), "--threshold_precision has no effect, because --threshold_objective is not"),
         (dict(threshold_objective="precision", threshold_beta=2.0), "--threshold_beta has no effect"),
+        (dict(do_predict=True), "--do_predict has no effect"),
+        (dict(prediction_loss_only=True), "--prediction_loss_only has no effect"),
+        (dict(hub_model_id="a/b"), "--hub_model_id has no effect, because hf-mmclf push uploads"),
         (dict(metric_for_best_model="f2"), "metric_for_best_model is 'f2'"),
     ):
         with pytest.raises(ValueError, match=message):

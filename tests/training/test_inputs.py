@@ -119,6 +119,12 @@ def test_without_a_network_one_line_says_what_to_do(table, tmp_path, monkeypatch
         (["--preset", "demo-image", "--width", "64"], "--width, because the model has one backbone"),
         (["--preset", "warmerdbert", "--fusion_heads", "2"], "--fusion_heads, because the fusion self has no such"),
         (["--preset", "querybert", "--vocab_size", "99"], "--vocab_size, because the tokenizer is not trained"),
+        (["--preset", "demo-text", "--image_dir", "x"], None),  # named when the rows are read
+        (["--preset", "demo-text", "--fusion", "label_queries", "--width", "32", "--fusion_heads", "2"], None),
+        (["--preset", "demo-text", "--feature_dropout", "0.2"], None),
+        (["--preset", "demo-text", "--image_tokens", "spatial"], "--image_tokens, because the model has no image"),
+        (["--preset", "demo", "--projection_norm"], "--projection_norm, because label queries and models"),
+        (["--preset", "demo-image", "--fusion_norm"], "--fusion_norm, because label queries and models"),
         (["--image_backbone", "none"], None),  # the recipe of `demo` has an image size and a flip
     ],
 )
@@ -147,8 +153,15 @@ def test_arguments_without_an_effect_are_refused(flags, message, tmp_path, monke
     assert not (tmp_path / "m").exists()
 
 
+def test_min_labels_above_the_number_of_labels_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("text,labels\n" + "a,x\nb,y\n" * 20, encoding="utf-8")
+    flags = ["--data", str(tmp_path / "t.csv"), "--preset", "demo-text", "--min_labels", "3"]
+    with pytest.raises(ValueError, match="--min_labels is 3, but there are 2 labels"):
+        prepare_inputs(*parse_arguments(flags))
+
+
 @pytest.mark.parametrize(
-    "given, rows, expected", [(None, "x y", 1), (None, "x ,", 0), ("0", "x y", 0), ("2", "x ,", 2)]
+    "given, rows, expected", [(None, "x y", 1), (None, "x ,", 0), ("0", "x y", 0), ("2", "x y", 2)]
 )
 def test_every_prediction_has_a_label_if_every_training_row_has_one(given, rows, expected, tmp_path, notices):
     lines = "".join(f"text {row},{label}\n" for row in range(9) for label in rows.replace(",", " ").split(" ")[:2])

@@ -147,8 +147,9 @@ def check_effects(args: DataArguments, is_given: bool, is_streamed: bool, uses_i
     ]
     refuse_idle(changed_fields(args), rules)
     # One file of arguments may serve models with and without images, so these are no errors.
-    of_images = [(uses_image or is_streamed, ["bad_images", "pixel_limit"], "the model has no image backbone")]
-    for sentence in idle_arguments(changed_fields(args), of_images):
+    of_images = ("bad_images", "pixel_limit", "image_dir")
+    rules = [(uses_image or is_streamed, of_images, "the model has no image backbone")]
+    for sentence in idle_arguments(changed_fields(args), rules):
         logger.warning(sentence)
 
 

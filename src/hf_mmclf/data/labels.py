@@ -318,11 +318,15 @@ class LabelSet:
 
     def check_names(self, names_file: str | None) -> None:
         """Raise `ValueError` if a file of names has other labels or other names than this set."""
-        own = dict(zip(self.ids, self.names, strict=True))
-        for label, name in (read_names(names_file) if names_file else {}).items():
+        if names_file is None:
+            return
+        own, named = dict(zip(self.ids, self.names, strict=True)), read_names(names_file)
+        for label, name in named.items():
             if own.get(label) != name and name not in own:
                 has = f"has the name {own[label]!r} for it" if label in own else f"has {', '.join(self.ids)}"
                 raise ValueError(f"{names_file}: the label {label!r} with the name {name!r}, but the model {has}")
+        if len(named) < len(own):
+            raise ValueError(f"{names_file}: {len(named)} labels, but the model has {len(own)}: {', '.join(self.ids)}")
 
     def encode(
         self, rows: Sequence[Sequence[str]], where: Sequence[str], unknown: Mapping[int, Any] | None = None
@@ -348,9 +352,9 @@ class LabelSet:
             for label in labels:
                 if label not in index:
                     near = difflib.get_close_matches(label, self.ids, n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(self.ids)}"
+                    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(self.ids)}."
                     raise ValueError(
-                        f"{where[row]}: unknown label {label!r}; {hint}. Labels are those of the training rows, or of "
+                        f"{where[row]}: unknown label {label!r}; {hint} Labels are those of the training rows, or of "
                         "--label_names_file"
                     )
                 encoded[row, index[label]] = 1

@@ -61,6 +61,7 @@ def prepare_data(
     labels: LabelSet | None = None,
     with_labels: bool = True,
     sources: dict[str, Dataset] | None = None,
+    is_batch: bool = False,
 ) -> PreparedData:
     """
     Read, check and split rows.
@@ -74,6 +75,8 @@ def prepare_data(
             unlabelled.
         with_labels (`bool`, *optional*, defaults to `True`): Whether to read labels; prediction does not need them.
         sources (`dict[str, Dataset]`, *optional*): Tables by split, in place of those that `args` name.
+        is_batch (`bool`, *optional*, defaults to `False`): Whether the rows are a batch of a stream, of which nothing
+            is said.
 
     Returns:
         [`PreparedData`]: The rows of all splits in one form.
@@ -84,12 +87,13 @@ def prepare_data(
     """
     folder = image_folder(args)
     is_new, is_streamed = labels is None, args.streaming and sources is not None
+    known = DEMO_LABELS if sources is None and args.data is None else ()
     check_effects(args, sources is not None and not is_streamed, is_streamed, uses_image, with_labels)
-    is_read, sources = sources is None, sources or _read_sources(args)
+    sources = sources or _read_sources(args)
     check_splits(args, sources, is_new)
     args = _same_columns(sources, args)
     parsed = _parse_labels(sources, args, labels.ids if labels else ()) if with_labels else {}
-    label_set = labels or _collect_labels(sources, parsed, args, DEMO_LABELS if is_read and args.data is None else ())
+    label_set = labels or _collect_labels(sources, parsed, args, known)
     label_set.check_names(args.label_names_file)
     splits, bad_images = {}, []
     for name, source in sources.items():
@@ -105,7 +109,7 @@ def prepare_data(
     if is_new:
         fractions = args.validation_fraction, args.test_fraction
         splits, how = split_rows(splits, references_of(splits["train"]), *fractions, args.split_seed, folder)
-    if is_read and args.data is not None:
+    if args.data is not None and not is_batch:
         _say_what_was_found(sources, parsed, args, ["image"] * uses_image + ["text"] * uses_text)
         _warn_of_labels(sources, rows, parsed, folder)
         warn_of_shared_rows(splits, folder, uses_image)
@@ -238,6 +242,7 @@ def _say_what_was_found(
 def _warn_of_labels(
     sources: dict[str, Dataset], splits: dict[str, Dataset], parsed: dict[str, ParsedLabels], folder: Path
 ) -> None:
+    """Warn of labels that look wrong, and of images and texts that occur with different labels."""
     for name, labels in parsed.items():
         rows = splits[name]
         texts, paths = rows["text"][:], image_paths(rows)

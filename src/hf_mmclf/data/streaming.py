@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
 from .arguments import DataArguments
@@ -61,11 +63,16 @@ def open_stream(args: DataArguments, uses_image: bool, uses_text: bool, seed: in
         `ValueError`: If the source cannot be streamed, if its labels are not known in advance, or if there are no
             validation rows.
     """
+    if args.shuffle_buffer < 1 or args.validation_rows < 0:
+        raise ValueError(
+            f"--shuffle_buffer is {args.shuffle_buffer} and --validation_rows is {args.validation_rows}; expected at "
+            "least 1 and at least 0"
+        )
     streams = _open(args.data)
     if "train" not in streams:
         raise ValueError(f"no training rows; the source has only {', '.join(streams)}")
     rows = streams.pop("train")
-    first = list(rows.take(args.shuffle_buffer))
+    first = _first_rows(rows, args)
     if not first:
         raise ValueError(f"{args.data}: no training rows")
     features = rows.features or Dataset.from_list(first).features
@@ -103,6 +110,15 @@ def open_stream(args: DataArguments, uses_image: bool, uses_text: bool, seed: in
     return stream, dataclasses.replace(prepared, split_source=f"{how}; training rows are streamed")
 
 
+def _first_rows(rows: IterableDataset, args: DataArguments) -> list[dict[str, Any]]:
+    """Read the first rows, so that a source that cannot be read is found now."""
+    try:
+        return list(rows.take(args.shuffle_buffer))
+    except (DatasetGenerationError, pa.ArrowException, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{args.data}: cannot be read as a stream: {reason}") from error
+
+
 def _open(source: str | None) -> dict[str, IterableDataset]:
     if source is None:
         raise ValueError("--streaming needs --data; the embedded data set is drawn here")
@@ -113,10 +129,11 @@ def _open(source: str | None) -> dict[str, IterableDataset]:
         raise ValueError(
             f"{source}: {path.suffix} tables are read whole; make it .parquet or .jsonl, or leave --streaming out"
         )
-    if path.is_file():
-        found = load_dataset(STREAMED[path.suffix], data_files=source, streaming=True)
-    else:
-        found = load_dataset(source, streaming=True)
+    given = {"path": STREAMED[path.suffix], "data_files": source} if path.is_file() else {"path": source}
+    try:
+        found = load_dataset(**given, streaming=True)
+    except StopIteration:  # the first row, from which datasets infers the columns
+        raise ValueError(f"{source}: no training rows") from None
     return {  # images are decoded when batches are made
         split: found[name].decode(False) if found[name].features else found[name]
         for split, name in find_splits({name: name for name in found}, source).items()
@@ -194,7 +211,7 @@ class StreamCollator:
         stream, processor = self.stream, self.collator.processor
         sources = {"train": _table(rows, stream.features, stream.args.data)}
         uses = processor.image_processor is not None, processor.tokenizer is not None
-        prepared = prepare_data(stream.args, *uses, stream.labels, sources=sources)
+        prepared = prepare_data(stream.args, *uses, stream.labels, sources=sources, is_batch=True)
         fate = "left out" if stream.args.bad_images == "skip" else "taken as missing"
         for where, reason in prepared.bad_images:
             logger.warning_once(f"Image {fate}: {where}: {reason}")

@@ -194,9 +194,12 @@ def _excel_rows(path: Path) -> Iterator[tuple[int, dict]]:
     name, sheet = next(iter(sheets.items()))
     if len(sheets) > 1:
         logger.info(f"{path.name}: the sheet {name!r} is read, {len(sheets) - 1} more are left out")
-    if (empty := (sheet.isna() & formulas.map(lambda cell: cell.startswith("="))).to_numpy()).any():
-        row, column = np.argwhere(empty)[0]
-        name, formula = str(sheet.columns[column]), formulas.iat[row, column]
+    # Rows and columns at the end with nothing but formulas without a value are not in the sheet.
+    has_value = sheet.notna().reindex(index=formulas.index, columns=formulas.columns, fill_value=False)
+    empty = np.argwhere(formulas.map(lambda cell: cell.startswith("=")).to_numpy() & ~has_value.to_numpy())
+    if len(empty):
+        row, column = empty[0]
+        name, formula = str(formulas.columns[column]), formulas.iat[row, column]
         raise ValueError(
             f"{path.name}:{row + 2}: column {name!r} has the formula {formula!r} and no value; open the file in "
             "Excel and save it, which computes the values"

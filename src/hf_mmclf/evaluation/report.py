@@ -34,12 +34,11 @@ class ComputeMetrics:
     """
     Metrics for `Trainer`, at the threshold with the best micro-F1 for these scores.
 
-    Args:
-        min_labels (`int`, *optional*, defaults to 0): The number of labels that each row gets at least.
-
-
     A fixed threshold would choose the checkpoint whose scores happen to lie around it. The result has `threshold` and
     `f1_at_0.5` too.
+
+    Args:
+        min_labels (`int`, *optional*, defaults to 0): The number of labels that each row gets at least.
     """
 
     def __init__(self, min_labels: int = 0):
@@ -47,8 +46,8 @@ class ComputeMetrics:
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         scores, references = scores_of(prediction.predictions), prediction.label_ids
+        threshold = best_threshold(scores, references, min_labels=self.min_labels)
         best = best_labels(scores, self.min_labels)
-        threshold = best_threshold(np.where(best, 1.0, scores), references)
         fitted, half = (multi_label_metrics(scores, references, np.where(best, 0.0, cut)) for cut in (threshold, 0.5))
         return fitted | {"threshold": threshold, "f1_at_0.5": half["f1"]}
 

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from scipy.special import expit, logit
 from transformers.utils.logging import get_logger
 
+from ..model.configuration_mmclf import best_labels
 from .metrics import Counts, check_scores
 
 logger = get_logger(__name__)
@@ -32,6 +33,7 @@ def best_threshold(
     objective: Objective = "micro",
     beta: float = 1.0,
     precision: float = 0.9,
+    min_labels: int = 0,
 ) -> float:
     """
     Find the one threshold for all labels that is best on the given rows.
@@ -54,6 +56,8 @@ def best_threshold(
         precision (`float`, *optional*, defaults to 0.9):
             The precision to reach, for the objective `"precision"` only. If no threshold reaches it, the most precise
             one is taken and a warning is logged.
+        min_labels (`int`, *optional*, defaults to 0):
+            The number of labels that each row gets at least, whatever the threshold: those with its highest scores.
 
     Returns:
         `float`: A threshold strictly between 0 and 1. It is 0.5, with a warning, if every threshold is as good as
@@ -63,6 +67,7 @@ def best_threshold(
         `ValueError`: if an argument has a wrong shape or range.
     """
     scores, references = check_scores(scores, references)
+    scores = np.where(best_labels(scores, min_labels), 1.0, scores)  # which every threshold accepts
     target = _Target(objective, beta, precision)
     threshold = _best_cut(scores, references, target)
     if threshold is None:
@@ -83,6 +88,7 @@ def label_thresholds(
     objective: Objective = "macro",
     beta: float = 1.0,
     precision: float = 0.9,
+    min_labels: int = 0,
 ) -> np.ndarray:
     """
     Find one threshold for each label, shrunk towards the global threshold for rare labels.
@@ -110,7 +116,7 @@ def label_thresholds(
             As for [`best_threshold`]. The global threshold is fitted for `"micro"` if this is `"macro"`. For `"micro"`
             and `"samples"` one label after the other is fitted, with the others fixed, until nothing changes. For
             `"precision"` each label reaches the precision by itself or is never accepted, and nothing is shrunk.
-        beta, precision (`float`, *optional*, default to 1.0 and 0.9):
+        beta, precision, min_labels (*optional*, default to 1.0, 0.9 and 0):
             As for [`best_threshold`].
 
     Returns:
@@ -122,6 +128,7 @@ def label_thresholds(
     if shrinkage is not None and not shrinkage >= 0:
         raise ValueError(f"shrinkage is {shrinkage}; expected a number of at least 0; 0 switches the shrinking off")
     scores, references = check_scores(scores, references)
+    scores = np.where(best_labels(scores, min_labels), 1.0, scores)  # which every threshold accepts
     target = _Target(objective, beta, precision)
     if shrinkage is None:
         shrinkage = _cross_validated_shrinkage(scores, references, target)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3  # of logits; scores differ by at most a quarter of it
 SAMPLE = 32  # table rows to compare; a few more are made from them
 MODEL, MODEL_INT8, RUNNER = "model.onnx", "model_int8.onnx", "predict.py"
+WRITTEN = (MODEL, f"{MODEL}.data", MODEL_INT8, RUNNER)
 
 Batch = dict[str, list]  # the processor's arguments `images` and `text`, or the one that the model has
 
@@ -42,6 +43,7 @@ def export_onnx(
     rows: Dataset | None = None,
     folder: Path | None = None,
     tolerance: float = TOLERANCE,
+    overwrite: bool = False,
 ) -> dict[str, dict[str, Any]]:
     r"""
     Write `model.onnx`, and `predict.py` that runs it with onnxruntime, numpy, Pillow and tokenizers.
@@ -57,7 +59,7 @@ def export_onnx(
         predictor ([`Predictor`], `str` or `Path`):
             The model to export, or its folder. It is moved to the CPU, in single precision.
         output (`str` or `Path`, *optional*, defaults to `onnx` in the model's folder):
-            Folder to write to. It replaces the files of an earlier export after the comparison has passed.
+            Folder to write to.
         quantize (`bool`, *optional*, defaults to `False`):
             Also write `model_int8.onnx`. Matrix products and embeddings use onnxruntime's dynamic quantization, where
             each batch has its own scale of activations. Weights of convolutions are stored as int8 with one scale for
@@ -70,6 +72,8 @@ def export_onnx(
             The folder to which image names in `rows` are relative.
         tolerance (`float`, *optional*, defaults to 1e-3):
             Largest difference between a logit of `model.onnx` and of the original model.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace files of the same names in `output`, after the comparison has passed.
 
     Returns:
         `dict[str, dict]`: For each `.onnx` file `megabytes` (of 10^6 bytes), `largest_logit_difference`,
@@ -79,6 +83,7 @@ def export_onnx(
     Raises:
         `ImportError`: If onnx, onnxscript or onnxruntime is not installed.
         `NotADirectoryError`: If `output` is a file.
+        `FileExistsError`: If `output` has files of the same names, and `overwrite` is not set.
         `ValueError`: If there are no rows, the preprocessing cannot be exported, a logit differs by more than
             `tolerance`, or `predict.py` tokenizes texts differently. Nothing is written then.
     """
@@ -91,6 +96,8 @@ def export_onnx(
     output = Path(output or predictor.folder / "onnx")
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output} is a file; expected a folder to write {MODEL} to")
+    if (there := [name for name in WRITTEN if (output / name).exists()]) and not overwrite:
+        raise FileExistsError(f"{output} has {', '.join(there)} already; give another --output, or --overwrite")
     if rows is None:
         rows, folder = _embedded_rows(predictor, labelled=quantize)
     sample = _sample(predictor, rows, folder)
@@ -144,7 +151,7 @@ def _check_installed() -> None:
 def _replace_files(stage: Path, output: Path) -> None:
     """Move the files to the output folder, in place of those of an earlier export."""
     output.mkdir(exist_ok=True)
-    for name in (MODEL, f"{MODEL}.data", MODEL_INT8):
+    for name in WRITTEN:
         Path(output, name).unlink(missing_ok=True)
     for file in stage.iterdir():
         file.replace(output / file.name)

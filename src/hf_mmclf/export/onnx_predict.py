@@ -14,6 +14,7 @@ tokenizer.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -53,6 +54,8 @@ class OnnxClassifier:
         options.log_severity_level = 3  # errors; not each node that cannot be computed in advance
         # Convert int8 weights of convolutions to floats once, when the model loads, and not in every run.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file")
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # onnxruntime has classes of its own
@@ -210,12 +213,16 @@ def main() -> None:
     names = options.image or options.text
     if not names:
         parser.error("give --image, --text or both")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a label
     try:
         rows = OnnxClassifier(options.model).labels(options.image, options.text)
     except ValueError as error:
         parser.error(str(error))
     for name, labels in zip(names, rows, strict=True):
-        print(f"{name}: " + (", ".join(f"{label} {score:.2f}" for label, score in labels) or "no label"))
+        print(
+            f"{' '.join(name.split())}: "
+            + (", ".join(f"{label} {score:.2f}" for label, score in labels) or "no label")
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
 from ..data.arguments import DataArguments
 from ..data.prepare import presence, references_of
@@ -10,6 +11,7 @@ from ..evaluation.bootstrap import paired_difference
 from ..evaluation.report import absent_labels, format_table, warning_text
 from .predictor import Predictor
 
+logger = logging.get_logger(__name__)
 SHOWN_ROWS = 5
 
 
@@ -46,10 +48,15 @@ def compare(
         `ValueError`: if the models have different labels, they share no rows, or the rows have no labels.
     """
     order = _label_order(a, b)
-    prepared = [model.prepare(data) for model in (a, b)]
-    (split_a, rows_a), (split_b, rows_b) = (
-        model.choose_split(found, split, held_out=True) for model, found in zip((a, b), prepared, strict=True)
-    )
+    folders, chosen = [], []
+    bad_images: dict[tuple[str, str], None] = {}  # without repetitions
+    for name, model in (("A", a), ("B", b)):
+        logger.info(f"{name}: {model.folder}")  # before what is said of its rows
+        prepared = model.prepare(data)
+        folders.append(prepared.folder)
+        bad_images |= dict.fromkeys(prepared.bad_images)
+        chosen.append(model.choose_split(prepared, split, held_out=True))
+    (split_a, rows_a), (split_b, rows_b) = chosen
     places_a, places_b = ({where: row for row, where in enumerate(rows["where"][:])} for rows in (rows_a, rows_b))
     shared = [where for where in places_a if where in places_b]
     if not shared:
@@ -61,8 +68,8 @@ def compare(
     rows_b = rows_b.select([places_b[where] for where in shared])
     references = references_of(rows_a)
     predicted_a, predicted_b = (
-        model.model.config.decide(model.scores(rows, found.folder, batch_size), *presence(rows))
-        for model, rows, found in zip((a, b), (rows_a, rows_b), prepared, strict=True)
+        model.model.config.decide(model.scores(rows, folder, batch_size), *presence(rows))
+        for model, rows, folder in zip((a, b), (rows_a, rows_b), folders, strict=True)
     )
     predicted_b = predicted_b[:, order]
     return {
@@ -71,7 +78,7 @@ def compare(
         "split": " and ".join(dict.fromkeys([split_a, split_b])),
         "rows": len(shared),
         "left_out": len(places_a.keys() ^ places_b.keys()),
-        "bad_images": list(dict.fromkeys(bad for found in prepared for bad in found.bad_images)),
+        "bad_images": list(bad_images),
         "warnings": absent_labels(references, a.labels.names),
         "figures": paired_difference(predicted_a, predicted_b, references, resamples=resamples, seed=seed),
         **_right_rows(predicted_a, predicted_b, references, shared, np.array(a.labels.ids)),

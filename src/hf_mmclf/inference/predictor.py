@@ -171,6 +171,8 @@ class Predictor:
             raise ValueError(f"--split {wanted}: {known} rows of training are among these {len(rows):,} rows, not all")
         if counts:
             logger.warning(f"All {len(rows):,} rows, of which training knows some: {known} rows of training")
+        else:
+            logger.info(f"All {len(rows):,} rows; none is recognised as a row of training")
         return {}
 
     def _recorded_splits(self, rows: Dataset, folder: Path) -> list[str | None]:
@@ -185,7 +187,8 @@ class Predictor:
             split_of = {line["row"]: line["split"] for line in recorded}
             return [split_of.get(where) for where in rows["where"]]
         digests = row_digests(rows, folder, self.model.config.has_image)
-        # Rows of equal content are told apart by their places, if these are still the same, else by their order.
+        # Rows of equal content are told apart by their places, if these are still the same, else by their order. If
+        # there are more of them than in training, the others count as the last one.
         split_of = {(line["digest"], line["row"]): line["split"] for line in recorded}
         same = [split_of.get(key) for key in zip(digests, rows["where"][:], strict=True)]
         if None not in same:
@@ -193,7 +196,8 @@ class Predictor:
         left = defaultdict(deque)
         for line in recorded:
             left[line["digest"]].append(line["split"])
-        return [left[digest].popleft() if left[digest] else None for digest in digests]
+        queues = (left.get(digest) for digest in digests)
+        return [queue and (queue.popleft() if len(queue) > 1 else queue[0]) for queue in queues]
 
     def predict(
         self,

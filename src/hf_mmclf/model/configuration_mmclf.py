@@ -15,7 +15,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # Fields that belong to the labels of a trained model.
-OF_LABELS = ("id2label", "label2id", "label_ids", "threshold", "label_thresholds", "missing_thresholds")
+OF_LABELS = ("id2label", "label2id", "label_ids", "threshold", "label_thresholds", "missing_thresholds", "min_labels")
 
 
 def best_labels(scores: np.ndarray, count: int) -> np.ndarray:
@@ -93,9 +93,9 @@ class MMClfConfig(PreTrainedConfig):
         modality_dropout (`float`, *optional*, defaults to 0.0):
             Probability that a training row loses its image or its text. Learned vectors then represent them.
         unfrozen_image_stages (`int`, *optional*):
-            Train only the last n stages of the image backbone. 0 freezes all of it, `None` trains all of it.
+            Train only the last n stages of the image backbone. 0 freezes all of it, `None` (-1 as a flag) trains all.
         unfrozen_text_layers (`int`, *optional*):
-            Train only the last n layers of the text backbone. 0 freezes all of it, `None` trains all of it.
+            Train only the last n layers of the text backbone. 0 freezes all of it, `None` (-1 as a flag) trains all.
         threshold (`float`, *optional*, defaults to 0.5):
             A label is predicted if its score (the sigmoid of its logit) is at least this.
         label_thresholds (`dict[str, float]`, *optional*):

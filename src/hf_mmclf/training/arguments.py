@@ -261,6 +261,8 @@ class MMClfTrainingArguments(TrainingArguments):
             (self.label_thresholds, ["threshold_shrinkage"], "--label_thresholds is not given"),
             (aims_at_precision, ["threshold_precision"], "--threshold_objective is not precision"),
             (not aims_at_precision, ["threshold_beta"], "--threshold_objective precision has no beta"),
+            (False, ["do_predict", "prediction_loss_only", "label_names"], "the reports say what is scored"),
+            (False, ["hub_model_id", "hub_private_repo", "hub_strategy"], "hf-mmclf push uploads, not training"),
         ]
         refuse_idle(changed_fields(self), rules)
 

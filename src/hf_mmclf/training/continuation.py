@@ -66,7 +66,7 @@ class StartingModel:
     def config(self, args: ModelArguments) -> MMClfConfig:
         """Return its configuration with the changes of the arguments, and without fitted thresholds."""
         config = copy.deepcopy(self.model.config)
-        config.threshold, config.label_thresholds, config.missing_thresholds = 0.5, None, None
+        config.threshold, config.label_thresholds, config.missing_thresholds, config.min_labels = 0.5, None, None, 0
         for name in APPLICABLE:
             if (value := getattr(args, name)) is not None:
                 setattr(config, name, None if value == -1 else value)  # -1 trains the whole backbone

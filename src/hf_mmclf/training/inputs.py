@@ -1,7 +1,6 @@
 """Inputs of a training run, made from its arguments: configuration, rows, tokenizer, model and processor."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,8 @@ def prepare_inputs(
         tokenizer, source = finished.processor.tokenizer, config.has_text and f"that of {finished.name}"
     else:
         tokenizer, source = build_tokenizer(model_args, config, train_rows)
-    missing = settle_labels(config, prepared, {"train": train_rows, **prepared.splits}, model_args.min_labels)
+    settle_labels(config, prepared, train_rows, model_args.min_labels)
+    missing = settle_missing(config, prepared, train_rows)
     model = finished.start(config) if finished else build_model(config, model_args, tokenizer)
     processor = finished.processor if finished else build_processor(model, model_args, tokenizer)
     for part, weights in (("image", config.image_weights), ("text", config.text_weights)):
@@ -134,20 +134,24 @@ def prepare_inputs(
 def warn_of_idle(config: MMClfConfig, args: ModelArguments, augmentation: AugmentationArguments) -> None:
     """Warn of arguments that have no effect. One file of arguments may serve models with one and two backbones."""
     recipe = get_preset(args.preset).recipe if args.preset else {}
-    of_images = ("image_size", "image_weights", "unfrozen_image_stages")
+    of_images = ("image_size", "image_weights", "unfrozen_image_stages", "image_tokens")
     of_images += ("crop_scale", "flip", "vertical_flip", "rotation", "color_jitter")
     of_texts = ("max_tokens", "text_weights", "unfrozen_text_layers", "tokenizer", "vocab_size")
     of_texts += ("swap_words", "drop_words")
-    of_fusions = ("fusion", "fusion_norm", "projection_norm", "image_tokens", "width")
-    of_fusions += ("learned_missing", "modality_dropout", "modality_classifiers", "feature_dropout")
-    of_fusions += ("fusion_layers", "fusion_heads")
+    of_pairs = ("learned_missing", "modality_dropout", "modality_classifiers")
+    of_queries, of_others = ("fusion_layers", "fusion_heads"), ("fusion_norm", "projection_norm")
+    both, queries = config.has_image and config.has_text, config.fusion == "label_queries"
     is_trained = args.tokenizer == "train" or (args.tokenizer is None and args.backbone_weights()["text"] is None)
     rules = [
         (config.has_image, of_images, "the model has no image backbone"),
         (config.has_text, of_texts, "the model has no text backbone"),
-        (config.has_image and config.has_text, of_fusions, "the model has one backbone"),
-        (config.fusion == "label_queries", of_fusions[-2:], f"the fusion {config.fusion} has no such option"),
-        (is_trained, ["vocab_size"], "the tokenizer is not trained"),
+        (both, of_pairs, "the model has one backbone"),
+        # Label queries are a fusion that serves one backbone too.
+        (both or queries, ("fusion", "width"), "the model has one backbone"),
+        (both or queries or not config.has_image, ("image_tokens",), "the model has one backbone"),
+        (queries, of_queries, f"the fusion {config.fusion} has no such option"),
+        (both and not queries, of_others, "label queries and models with one backbone have no such option"),
+        (is_trained or not config.has_text, ["vocab_size"], "the tokenizer is not trained"),
     ]
     for sentence in idle_arguments(changed_fields(args, recipe) | changed_fields(augmentation, recipe), rules):
         logger.warning(sentence)
@@ -258,46 +262,68 @@ def build_tokenizer(
 
 
 def settle_labels(
-    config: MMClfConfig, prepared: PreparedData, splits: Mapping[str, Dataset], min_labels: int | None = None
-) -> dict[str, dict[str, int]]:
+    config: MMClfConfig, prepared: PreparedData, train_rows: Dataset, min_labels: int | None = None
+) -> None:
     """
-    Write into the configuration what the rows say: labels, `min_labels`, `learned_missing`.
-
-    Each prediction has at least one label if each training row has one. Learned vectors replace missing images and
-    texts if training rows lack some.
+    Write the labels into the configuration, and `min_labels`: 1 if every training row has a label, else 0.
 
     Args:
         config ([`MMClfConfig`]):
             The configuration to change.
         prepared ([`PreparedData`]):
             The labels.
-        splits (`Mapping[str, Dataset]`):
-            The rows by split.
+        train_rows (`Dataset`):
+            The training rows. The first rows of a stream say nothing of the others.
         min_labels (`int`, *optional*):
-            What the user gave for `min_labels`, which is not changed then.
+            The value that the user gave; the configuration has it already.
 
-    Returns:
-        `dict[str, dict[str, int]]`: The number of rows without an image and without a text, by split.
+    Raises:
+        `ValueError`: If there are fewer labels than `min_labels`.
     """
     config.id2label = dict(enumerate(prepared.labels.names))
     config.label2id = {name: i for i, name in config.id2label.items()}
     config.label_ids = list(prepared.labels.ids)
+    if config.min_labels > config.num_labels:
+        raise ValueError(f"--min_labels is {config.min_labels}, but there are {config.num_labels} labels")
     if min_labels is None:
-        references = references_of(splits["train"])
+        references = references_of(train_rows)
         known = references[(references >= 0).all(1)]
-        is_streamed = "train" not in prepared.splits  # then these are the first rows only
-        config.min_labels = int(len(known) > 0 and not is_streamed and (known == 1).any(1).all())
+        has_all_rows = "train" in prepared.splits
+        config.min_labels = int(has_all_rows and len(known) > 0 and (known == 1).any(1).all())
         if config.min_labels:
             logger.info("  every training row has a label, so every prediction gets at least one (min_labels 1)")
+
+
+def settle_missing(config: MMClfConfig, prepared: PreparedData, train_rows: Dataset) -> dict[str, dict[str, int]]:
+    """
+    Count the rows without an image or a text, and write `learned_missing` into the configuration if training has some.
+
+    Args:
+        config ([`MMClfConfig`]):
+            The configuration to change.
+        prepared ([`PreparedData`]):
+            The rows.
+        train_rows (`Dataset`):
+            The training rows or, for a stream, its first rows.
+
+    Returns:
+        `dict[str, dict[str, int]]`: The number of rows without an image and without a text, by split; empty for a
+        model with one backbone.
+    """
     missing = {}
-    for name, split in splits.items() if config.has_image and config.has_text else ():
+    splits = {"train": train_rows, **prepared.splits} if config.has_image and config.has_text else {}
+    for name, split in splits.items():
         has_image, has_text = presence(split)
         counts = missing[name] = {"image": int((~has_image).sum()), "text": int((~has_text).sum())}
+        is_head = name not in prepared.splits
         if any(counts.values()):
-            logger.info(f"  {name}: {counts['image']:,} rows without an image, {counts['text']:,} without a text")
+            shown = f"train (the first {len(split):,} rows of the stream)" if is_head else name
+            logger.info(f"  {shown}: {counts['image']:,} rows without an image, {counts['text']:,} without a text")
             if name == "train" and not config.learned_missing:
                 config.learned_missing = True
                 logger.info("  learned vectors replace them (learned_missing)")
+        elif is_head and not config.learned_missing:
+            logger.info("  zeros replace images and texts that later rows of the stream lack; see --learned_missing")
     return missing
 
 

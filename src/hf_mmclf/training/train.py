@@ -22,12 +22,19 @@ from ..evaluation.report import ComputeMetrics, report_text, scores_of
 from ..evaluation.thresholds import best_threshold, label_thresholds
 from ..inference.folders import atomic_folder, save_model
 from ..inference.predictor import Predictor
-from ..model.configuration_mmclf import best_labels
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from .arguments import Arguments, MMClfTrainingArguments, ModelArguments
 from .checkpoints import Start, begin_run, claim_output, fingerprint, remove_traces
 from .feature_cache import FeatureCache
-from .inputs import TrainingInputs, build_config, build_model, check_arguments, prepare_inputs, settle_labels
+from .inputs import (
+    TrainingInputs,
+    build_config,
+    build_model,
+    check_arguments,
+    prepare_inputs,
+    settle_labels,
+    settle_missing,
+)
 from .losses import MultiLabelLoss
 from .record import Outcomes, Results, run_record, write_records
 from .trainer import MMClfTrainer
@@ -150,7 +157,8 @@ def build_trainer(
     def model_init(trial: Any = None) -> MMClfForImageTextClassification:
         drawn = model_space(trial) if model_space and trial else {}
         config = build_config(dataclasses.replace(model_args, **drawn))
-        settle_labels(config, inputs.prepared, inputs.prepared.splits, model_args.min_labels)
+        settle_labels(config, inputs.prepared, inputs.train_rows, model_args.min_labels)
+        settle_missing(config, inputs.prepared, inputs.train_rows)
         return build_model(config, model_args, tokenizer)
 
     return MMClfTrainer(model_init=model_init, **_trainer_options(inputs, augmentation, args))
@@ -277,12 +285,8 @@ def _fit_thresholds(
         return
     config, rows = predictor.model.config, prepared.splits["validation"]
     scores, references = outcomes["validation"]
-    aim = dict(beta=args.threshold_beta, precision=args.threshold_precision)
-    objective, common = args.threshold_objective, args.threshold_objective or "micro"
-
-    def settled(scores: np.ndarray) -> np.ndarray:
-        return np.where(best_labels(scores, config.min_labels), 1.0, scores)  # which every threshold accepts
-
+    objective = args.threshold_objective
+    aim = dict(beta=args.threshold_beta, precision=args.threshold_precision, min_labels=config.min_labels)
     if (
         config.has_image
         and config.has_text
@@ -294,9 +298,8 @@ def _fit_thresholds(
             config.missing_thresholds = {}
             for column in REMOVED.values():
                 found = scores_of(predictor.predict(rows, prepared.folder, replaced=(column, None)).predictions)
-                config.missing_thresholds[column] = best_threshold(settled(found), references, common, **aim)
-    scores = settled(scores)
-    config.threshold = best_threshold(scores, references, common, **aim)
+                config.missing_thresholds[column] = best_threshold(found, references, objective or "micro", **aim)
+    config.threshold = best_threshold(scores, references, objective or "micro", **aim)
     config.label_thresholds = None
     if args.label_thresholds:
         shrinkage = None if args.threshold_shrinkage == -1 else args.threshold_shrinkage
