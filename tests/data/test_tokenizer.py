@@ -42,6 +42,8 @@ def test_trained_word_pieces_know_their_texts():
 def test_vocab_size_bounds_a_trained_vocabulary():
     assert len(load_tokenizer("train", TEXTS, 50)[0]) == 50
     assert 50 < len(load_tokenizer("train", TEXTS, 8000)[0]) < 200
+    with pytest.raises(ValueError, match="--vocab_size is 5, but the characters of these texts need [0-9]+"):
+        load_tokenizer("train", TEXTS, 5)
 
 
 def test_training_is_the_same_in_every_process():

@@ -253,7 +253,7 @@ def _warn_of_labels(
         shown = [path if isinstance(path, str) else text for path, text in zip(paths, texts, strict=True)]
         warnings = label_warnings(labels.rows, sources[name]["where"][:])
         for warning in [*warnings, *contradictions(groups, shown, references_of(rows), rows["where"][:])]:
-            logger.warning(f"  {name} rows: {warning}")
+            logger.warning(f"  {name} rows: {warning}" if len(parsed) > 1 else f"  {warning}")
 
 
 def _collect_labels(

@@ -29,8 +29,8 @@ def load_tokenizer(
         `tuple[PreTrainedTokenizerBase, str]`: The tokenizer, and where it comes from, in words.
 
     Raises:
-        `ValueError`: If there are no texts to train on, if a vocabulary file is not that of a BERT, or if a tokenizer
-            knows no words.
+        `ValueError`: If there are no texts to train on, or too many characters in them for `vocab_size`; if a
+            vocabulary file is not that of a BERT; or if a tokenizer knows no words.
         `OSError`: If a name is neither a file nor a folder nor on the Hub.
     """
     path = Path(source)
@@ -39,6 +39,8 @@ def load_tokenizer(
         if not texts:
             raise ValueError("tokenizer 'train' needs texts, but the training rows have none")
         tokenizer = _train(texts, vocab_size)
+        if len(tokenizer) > vocab_size:
+            raise ValueError(f"--vocab_size is {vocab_size}, but the characters of these texts need {len(tokenizer)}")
         return tokenizer, f"word pieces trained on {len(texts):,} training texts ({len(tokenizer):,} tokens)"
     if path.is_file():
         text = path.read_text(encoding="utf-8").rstrip("\n")

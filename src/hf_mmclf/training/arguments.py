@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import timm
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from hf_mmclf_cli import did_you_mean
 
@@ -14,6 +15,8 @@ from ..data.arguments import DataArguments, changed_fields, refuse_idle
 from ..data.augmentation import AugmentationArguments
 from ..model.configuration_mmclf import MMClfConfig
 
+# A stream has no epochs; these values of `eval_steps` and `save_steps` are shares of all steps.
+OF_STREAMS = dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.1, save_steps=0.1)
 ARCHITECTURE = [field for field in dataclasses.fields(MMClfConfig) if field.metadata.get("flag")]
 
 
@@ -231,6 +234,10 @@ class MMClfTrainingArguments(TrainingArguments):
             self.eval_steps = self.save_steps  # transformers would take logging_steps
         self._check()
         super().__post_init__()
+        installed = get_available_reporting_integrations()
+        for name in filter(None, self.report_to):
+            if name not in installed:
+                raise ValueError(f"report_to is {name!r}, which is not installed; there is {installed or 'none'}")
         if self.dataloader_num_workers == 0:
             self.dataloader_persistent_workers = False  # torch refuses persistent workers without workers
 
@@ -261,10 +268,12 @@ class MMClfTrainingArguments(TrainingArguments):
             (self.label_thresholds, ["threshold_shrinkage"], "--label_thresholds is not given"),
             (aims_at_precision, ["threshold_precision"], "--threshold_objective is not precision"),
             (not aims_at_precision, ["threshold_beta"], "--threshold_objective precision has no beta"),
+            (self.eval_strategy == "steps", ["eval_steps"], f"--eval_strategy is {self.eval_strategy}"),
+            ("steps" in (self.eval_strategy, self.save_strategy), ["save_steps"], "no strategy is steps"),
             (False, ["do_predict", "prediction_loss_only", "label_names"], "the reports say what is scored"),
             (False, ["hub_model_id", "hub_private_repo", "hub_strategy"], "hf-mmclf push uploads, not training"),
         ]
-        refuse_idle(changed_fields(self), rules)
+        refuse_idle(changed_fields(self, OF_STREAMS), rules)
 
     @property
     def counts_labels(self) -> bool:

@@ -23,7 +23,7 @@ from ..data.arguments import DataArguments
 from ..data.augmentation import AugmentationArguments
 from ..inference.predictor import machine_defaults
 from ..presets import PRESETS, get_preset
-from .arguments import Arguments, MMClfTrainingArguments, ModelArguments
+from .arguments import OF_STREAMS, Arguments, MMClfTrainingArguments, ModelArguments
 from .inputs import check_arguments
 
 logger = logging.get_logger(__name__)
@@ -158,7 +158,7 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) 
         preset, recipe = _recipe(early.preset, early.data, early.init_from)
         defaults = {**machine_defaults(), **recipe, "preset": preset}
         if early.streaming:
-            defaults |= dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.1, save_steps=0.1)
+            defaults |= OF_STREAMS
         parser.set_defaults(**defaults | {name: None for name, value in values.items() if value is None})
     except (ValueError, OSError) as error:
         parser.error(str(error))
