@@ -513,7 +513,7 @@ def test_what_was_found_is_said_once(tmp_path, notices):
     separator, columns, spellings = notices()
     assert separator == "t.csv: the columns are separated by semicolons"
     assert columns == "Columns: text 'caption', labels 'tags' (separated by '|')"
-    assert "rows: these labels look like spellings of one label: 'dog' (t.csv:2, 10 in all), 'Dog'" in spellings
+    assert "these labels look like spellings of one label: 'dog' (t.csv:2, 10 in all), 'Dog'" in spellings
 
 
 @pytest.mark.parametrize("part, other", [("image", "text"), ("text", "image")])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, BertConfig, BertForPreTraining, BertModel
 
 from hf_mmclf import MMClfConfig, MMClfForImageTextClassification
+from hf_mmclf.model.fusion_mmclf import FeatureNorm
 from hf_mmclf.presets import config_from_preset
 
 KINDS = ("self", "cross_text", "cross_image", "concat")
@@ -361,8 +362,9 @@ def test_modality_classifiers_row_by_row(kind, tokens, tiny_model, tiny_batch):
     fused = logits(model, batch)
     for row in range(3):
         vectors = {"image": image[row].mean(0), "text": text[row][mask[row]].mean(0)}
-        for name, norm in (("image", own.image_norm), ("text", own.text_norm)):
-            vectors[name] = (vectors[name] - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+        for name, vector in vectors.items():
+            norm = model.feature_norms[name].norm
+            vectors[name] = (vector - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
         alone = {name: getattr(own, name)(vector) for name, vector in vectors.items()}
         expected = (fused[row] + alone["image"] + alone["text"], alone["text"], alone["image"])[row]
         torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-4)
@@ -405,19 +407,46 @@ def test_each_modality_with_a_classifier_has_a_loss_of_its_own(tiny_model, tiny_
     assert model.eval()(**batch).modality_logits is None
 
 
-def test_standardisation_counts_the_rows_that_are_there(tiny_model, tiny_batch):
+def test_standardisation_counts_the_tokens_that_are_there(tiny_model, tiny_batch):
     model = tiny_model(modality_classifiers=True).train()
     model.text_model.eval()  # without dropout
-    batch, norm = tiny_batch(), model.modality_classifiers.text_norm
+    batch, norm = tiny_batch(), model.feature_norms["text"].norm
     rows = {name: value[[0, 2]] for name, value in batch.items()}
+    tokens, mask = model.encode_text(rows["input_ids"], rows["attention_mask"])
     model(**batch | dict(text_mask=torch.tensor([True, False, True])))
+    expected = 0.1 * tokens[mask].mean(0), 0.9 + 0.1 * tokens[mask].var(0)  # by the momentum of BatchNorm
+    torch.testing.assert_close((norm.running_mean, norm.running_var), expected)
     found = state(norm)
-    norm.reset_running_stats()
-    model(**rows)
-    torch.testing.assert_close(found, state(norm))
     model(**{name: value[:1] for name, value in batch.items()} | dict(text_mask=torch.tensor([False])))
-    model(**{name: value[:1] for name, value in batch.items()})
-    assert changed(found, state(norm)) == set()  # neither no row nor a single one has a variance
+    assert changed(found, state(norm)) == set()  # no token has no variance
+
+
+def test_feature_dropout_drops_the_same_features_of_all_tokens(tiny_model):
+    norm = FeatureNorm(50, 0.5).train()
+    tokens, mask = torch.randn(4, 6, 50), torch.rand(4, 6) < 0.8
+    dropped, _ = norm(tokens, mask)
+    for row, there in zip(dropped, mask, strict=True):
+        zeros = row[there] == 0
+        assert (zeros == zeros[0]).all() and 10 < zeros[0].sum() < 40 and (row[~there] == 0).all()
+    standard = norm.norm(tokens[mask])
+    torch.testing.assert_close(dropped[mask], torch.where(dropped[mask] == 0, 0, 2 * standard))
+    for kind, rates in (("both", {"image": 0.8, "text": 0.5}), ("image", {"image": 0.8}), ("text", {"text": 0.5})):
+        norms = tiny_model(kind, feature_dropout=0.8).feature_norms
+        assert {name: norm.dropout.p for name, norm in norms.items()} == rates
+    assert tiny_model().feature_norms is None
+
+
+@pytest.mark.parametrize("kind, fields", [("both", {}), ("both", dict(modality_classifiers=True)), ("text", {})])
+def test_the_first_scores_can_be_the_frequencies_of_the_labels(kind, fields, tiny_model, tiny_batch):
+    model = tiny_model(kind, **fields, feature_dropout=0.5).eval()
+    model.init_biases(torch.tensor([0.5, 0.01, 0.0]))
+    for name, parameter in model.named_parameters():
+        if "classifier" in name and name.endswith("weight"):
+            parameter.data.zero_()
+    batch = tiny_batch()
+    if kind == "text":
+        del batch["pixel_values"]
+    torch.testing.assert_close(model(**batch).logits.sigmoid(), torch.tensor([[0.5, 0.01, 0.001]]).expand(3, -1))
 
 
 def test_unknown_labels_are_left_out_of_the_loss(tiny_model, tiny_batch):

@@ -85,8 +85,8 @@ class MMClfConfig(PreTrainedConfig):
             Add a linear classifier for the image and one for the text, each with a loss of its own. The logits of a
             row are the sum of theirs and the fusion's; without one modality, those of the other one alone.
         feature_dropout (`float`, *optional*, defaults to 0.0):
-            Dropout probability of the features of image and text tokens before the fusion and before the
-            `modality_classifiers`, which drop out text features with 0.8 of it.
+            Standardise the features of image and text tokens, and drop out each one with this probability, text
+            features with 0.625 of it. `modality_classifiers` standardise them also if it is 0.
         learned_missing (`bool`, *optional*, defaults to `False`):
             Represent a missing image or text by a learned vector instead of zeros. Training turns this on if a
             training row lacks one of them.

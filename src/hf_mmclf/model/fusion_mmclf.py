@@ -197,6 +197,39 @@ class RowBatchNorm(nn.BatchNorm1d):
         return super().forward(vectors)
 
 
+class FeatureNorm(nn.Module):
+    """
+    Standardise the features of tokens and, in training, drop out the same ones in all tokens of a row.
+
+    The scales of backbones differ, and frozen backbones have many more features than a few thousand rows can tell
+    apart. A standardised feature that is dropped out is replaced by its mean.
+
+    Args:
+        width (`int`): Size of the tokens.
+        dropout (`float`): Probability that a feature of a row is dropped out.
+    """
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.norm = RowBatchNorm(width, affine=False)
+        self.dropout = nn.Dropout1d(dropout)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Standardise by the statistics of the tokens that count, in training those of the batch.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(batch, tokens, width)`): The tokens.
+            mask (`torch.Tensor` of shape `(batch, tokens)`): Which tokens count; the others become zeros.
+        """
+        if not self.training:
+            return torch.where(mask.unsqueeze(-1), self.norm(tokens.transpose(1, 2)).transpose(1, 2), 0), mask
+        result = torch.zeros_like(tokens)
+        if mask.any():
+            result[mask] = self.norm(tokens[mask]).to(result.dtype)
+        return self.dropout(result.transpose(1, 2)).transpose(1, 2), mask
+
+
 class ModalityClassifiers(nn.Module):
     """
     A linear classifier for the image and one for the text, each trained by a loss of its own (late fusion).
@@ -204,29 +237,21 @@ class ModalityClassifiers(nn.Module):
     A modality that is easier to learn keeps the other one from being learned (Wang et al. 2020, "What Makes Training
     Multi-Modal Classification Networks Hard?"). With a loss of its own each one stands on its own.
 
-    The vectors are the means of the tokens. They are standardised over the training rows, because the scales of
-    backbones differ, and dropped out, because frozen backbones have many more features than a few thousand rows can
-    tell apart.
-
     Args:
-        config ([`MMClfConfig`]): Number of labels and `feature_dropout`.
+        num_labels (`int`): Number of labels.
         image_width, text_width (`int`): Size of the image tokens and of the text tokens.
     """
 
-    def __init__(self, config: MMClfConfig, image_width: int, text_width: int):
+    def __init__(self, num_labels: int, image_width: int, text_width: int):
         super().__init__()
-        self.image_norm = RowBatchNorm(image_width, affine=False)
-        self.text_norm = RowBatchNorm(text_width, affine=False)
-        self.image_dropout = nn.Dropout(config.feature_dropout)
-        self.text_dropout = nn.Dropout(0.8 * config.feature_dropout)  # texts have fewer features
-        self.image = nn.Linear(image_width, config.num_labels)
-        self.text = nn.Linear(text_width, config.num_labels)
+        self.image = nn.Linear(image_width, num_labels)
+        self.text = nn.Linear(text_width, num_labels)
 
     def forward(
         self, image: tuple[torch.Tensor, torch.Tensor] | None, text: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Compute the logits of each modality.
+        Compute the logits of each modality from the means of its tokens.
 
         Args:
             image, text (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Tokens `(batch, tokens, width)` and their
@@ -237,27 +262,15 @@ class ModalityClassifiers(nn.Module):
             modality, `(batch, 2)`. The logits of rows that lack it are 0.
         """
         logits, present = [], []
-        for tokens, other, norm, dropout, classifier in (
-            (image, text, self.image_norm, self.image_dropout, self.image),
-            (text, image, self.text_norm, self.text_dropout, self.text),
-        ):
+        for tokens, other, classifier in ((image, text, self.image), (text, image, self.text)):
             if tokens is None:
-                tokens = other[0].new_zeros(len(other[0]), 1, norm.num_features), torch.zeros_like(other[1][:, :1])
-            there = tokens[1].any(1)
-            vectors = dropout(_standardised(norm, masked_mean(*tokens), there))
-            logits.append(torch.where(there[:, None], classifier(vectors), 0))
-            present.append(there)
+                tokens = (
+                    other[0].new_zeros(len(other[0]), 1, classifier.in_features),
+                    torch.zeros_like(other[1][:, :1]),
+                )
+            present.append(tokens[1].any(1))
+            logits.append(torch.where(present[-1][:, None], classifier(masked_mean(*tokens)), 0))
         return torch.stack(logits, 1), torch.stack(present, 1)
-
-
-def _standardised(norm: RowBatchNorm, vectors: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """Standardise the rows that are present, which alone count in the statistics; the others become zeros."""
-    if not norm.training:
-        return torch.where(present[:, None], norm(vectors), 0)
-    result = torch.zeros_like(vectors)
-    if present.any():
-        result[present] = norm(vectors[present]).to(result.dtype)
-    return result
 
 
 def with_losses_alone(

@@ -28,6 +28,7 @@ from .backbones_mmclf import (
 )
 from .configuration_mmclf import MMClfConfig
 from .fusion_mmclf import (
+    FeatureNorm,
     Fusion,
     LabelClassifier,
     LabelQueries,
@@ -104,10 +105,13 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         self.main_input_name = "pixel_values" if config.has_image else "input_ids"
 
         both = len(widths) == 2
-        self.modality_classifiers = None
+        self.feature_norms = self.modality_classifiers = None
+        if config.modality_classifiers or config.feature_dropout:
+            rates = {"image": config.feature_dropout, "text": 0.625 * config.feature_dropout}  # fewer features
+            self.feature_norms = nn.ModuleDict({name: FeatureNorm(size, rates[name]) for name, size in widths.items()})
         if both:
             if config.modality_classifiers:
-                self.modality_classifiers = ModalityClassifiers(config, widths["image"], widths["text"])
+                self.modality_classifiers = ModalityClassifiers(config.num_labels, widths["image"], widths["text"])
             learned = config.learned_missing or config.modality_dropout > 0
             self.missing_image = MissingModality(widths["image"], learned)
             self.missing_text = MissingModality(widths["text"], learned)
@@ -299,8 +303,10 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
     def _classify(self, image: Tokens | None, text: Tokens | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the logits of [`~MMClfForImageTextClassification.classify`], and in training those of modalities."""
         both = self.config.has_image and self.config.has_text
+        if self.feature_norms is not None:
+            image = None if image is None else self.feature_norms["image"](*image)
+            text = None if text is None else self.feature_norms["text"](*text)
         own = None if self.modality_classifiers is None else self.modality_classifiers(image, text)
-        image, text = self._drop_features(image), self._drop_features(text)
         if both:
             image = self.missing_image.blank(text[0]) if image is None else image
             text = self.missing_text.blank(image[0]) if text is None else text
@@ -319,11 +325,6 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         alone, present = own
         logits = torch.where(present.all(1, keepdim=True), logits, 0) + alone.sum(1)
         return logits, torch.where(present.unsqueeze(-1), alone, torch.nan) if self.training else None
-
-    def _drop_features(self, tokens: Tokens | None) -> Tokens | None:
-        if tokens is None or not (self.training and self.config.feature_dropout):
-            return tokens
-        return F.dropout(tokens[0], self.config.feature_dropout), tokens[1]
 
     def _check_inputs(self, pixels: torch.Tensor | None, tokens: torch.Tensor | None) -> None:
         config = self.config
@@ -365,6 +366,21 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         if self.config.unfrozen_text_layers != 0:
             return None
         return self.encode_text(input_ids, attention_mask, token_type_ids)[0]
+
+    @torch.no_grad()
+    def init_biases(self, frequencies: torch.Tensor) -> None:
+        """
+        Set the biases so that the first scores are the frequencies of the labels (Lin et al. 2017, "Focal Loss for
+        Dense Object Detection"). AdamW needs thousands of steps from 0 to the logits of rare labels.
+
+        Args:
+            frequencies (`torch.Tensor` of shape `(num_labels,)`): Share of the training rows with each label.
+        """
+        logits = frequencies.clamp(1e-3, 1 - 1e-3).logit()
+        alone = list(self.modality_classifiers.children()) if self.modality_classifiers else []
+        for classifier in alone:
+            classifier.bias.copy_(logits)
+        self.classifier.bias.copy_(logits * (1 - len(alone)))  # the logits of all classifiers are summed
 
     @torch.no_grad()
     def calibrate(self, temperature: float) -> None:

@@ -118,6 +118,9 @@ def prepare_inputs(
     settle_labels(config, prepared, train_rows, model_args.min_labels)
     missing = settle_missing(config, prepared, train_rows)
     model = finished.start(config) if finished else build_model(config, model_args, tokenizer)
+    if model.feature_norms is not None and not finished:
+        references = torch.from_numpy(references_of(train_rows))
+        model.init_biases((references == 1).sum(0) / (references >= 0).sum(0).clamp(min=1))
     processor = finished.processor if finished else build_processor(model, model_args, tokenizer)
     for part, weights in (("image", config.image_weights), ("text", config.text_weights)):
         if weights:
