@@ -155,10 +155,13 @@ def captions(options: argparse.Namespace) -> list[dict]:
     return lines
 
 
-# Models of [`competition`]: flags beside those of the backbones, and whether rows without images are added.
+# Models of [`competition`]: flags beside those of the backbones, and whether rows without images are added. `TEXTS` is
+# the folder of a model of these rows alone, trained by examples/configs/texts.yaml and kept beside the weights.
+TEXTS = "{weights}/texts"
 RECIPES = {
     "late-lite": ("--preset late-lite", False),
     "late-lite, texts without images too": ("--preset late-lite", True),
+    "late-lite, text backbone trained on texts without images": (f"--preset late-lite --text_backbone {TEXTS}", False),
     "late-lite, fusion of modensitybert": ("--preset late-lite --fusion self --fusion_norm", False),
     "late-lite, fusion of densitybert": ("--preset late-lite --fusion self", False),
     "late-lite, fusion of cdbert-text": ("--preset late-lite --fusion cross_text", False),
@@ -179,8 +182,12 @@ def competition(options: argparse.Namespace) -> list[dict]:
     common = dict(image_dir=str(images), label_names_file=str(COMPETITION.parent / "labels.json"))
     features = frozen_features([*backbones, "--preset", "late-lite"], DataArguments(data=str(table), **common))
     runs: dict[str, list[dict]] = {}
+    if any(TEXTS in flags for flags, _ in chosen.values()) and not (options.weights / "texts").is_dir():
+        train_texts(options.weights / "texts", [*backbones, "--label_names_file", common["label_names_file"]])
     for seed in range(options.seeds):
         splits = prepare_data(DataArguments(data=str(table), split_seed=seed, **common)).splits
+        if options.rows:
+            splits["train"] = splits["train"].shuffle(seed).select(range(options.rows))
         for name, scored in logistic_regressions(splits, features).items():
             runs.setdefault(name, []).append(scored)
         for name, (flags, has_more) in chosen.items():
@@ -189,7 +196,7 @@ def competition(options: argparse.Namespace) -> list[dict]:
                 data = DataArguments(data=scratch, **common)
                 given = ["--data", scratch, "--image_dir", common["image_dir"], "--label_names_file"]
                 given += [common["label_names_file"], "--seed", str(seed), "--no_ablations", *backbones]
-                given += flags.split()
+                given += flags.format(weights=options.weights).split()
                 runs.setdefault(name, []).append(trained(given, data, (without("text"), without("image"))))
                 print(format_table(competition_lines({name: runs[name][-1:]}), markdown=True), flush=True)
     return competition_lines(runs)
@@ -244,17 +251,36 @@ def logistic_regressions(
     }
 
 
+def train_texts(folder: Path, flags: list[str]) -> None:
+    """Train a text backbone on the texts of the competition whose images are not here."""
+    config = Path(__file__).parents[1] / "examples" / "configs" / "texts.yaml"
+    with tempfile.TemporaryDirectory() as scratch:
+        write_table(Path(scratch, "texts.csv"), [("", row["Labels"], row["Caption"]) for row in other_texts()])
+        given = ["--config", str(config), *flags, "--image_backbone", "none", "--data", f"{scratch}/texts.csv"]
+        train(*parse_arguments([*given, "--output_dir", str(folder), "--no_ablations"]))
+
+
+def other_texts() -> list[dict]:
+    """Return the rows of the competition whose images are not here."""
+    known = {row["ImageID"] for row in read_table(COMPETITION / "train.csv")}
+    return [row for row in read_table(CAPTIONS) if row["ImageID"] not in known]
+
+
 def write_splits(splits: Mapping[str, Dataset], folder: Path, has_more: bool) -> None:
     """Write splits of the competition as tables, with its other texts as training rows without images if asked."""
     rows = {row["ImageID"]: row for row in read_table(COMPETITION / "train.csv")}
-    others = [row for row in read_table(CAPTIONS) if row["ImageID"] not in rows] if has_more else []
     for name, table in splits.items():
-        with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file_name", "labels", "text"])
-            writer.writerows([[image, rows[image]["Labels"], rows[image]["Caption"]] for image in table["image"]])
-            if name == "train":
-                writer.writerows([["", row["Labels"], row["Caption"]] for row in others])
+        lines = [(image, rows[image]["Labels"], rows[image]["Caption"]) for image in table["image"]]
+        if name == "train" and has_more:
+            lines += [("", row["Labels"], row["Caption"]) for row in other_texts()]
+        write_table(folder / f"{name}.csv", lines)
+
+
+def write_table(path: Path, lines: list[tuple[str, str, str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "labels", "text"])
+        writer.writerows(lines)
 
 
 def competition_lines(runs: Mapping[str, list[dict]]) -> list[dict]:
@@ -378,6 +404,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="Number of runs of each model (default: %(default)s).")
     parser.add_argument("--presets", nargs="+", help="Text presets, or models of competition, to measure.")
     parser.add_argument("--weights", type=Path, help="Folder with pretrained backbones, for competition.")
+    parser.add_argument("--rows", type=int, help="Number of training rows of competition (default: all).")
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to.")
     options = parser.parse_args()
     texts = []

@@ -142,3 +142,20 @@ def test_quantization_of_torchao(kind, tiny_config, tmp_path):
     inputs = {name: value for name, value in batch(model.config).items() if kind != "image" or name == "pixel_values"}
     with torch.no_grad():
         torch.testing.assert_close(quantized(**inputs).logits, model(**inputs).logits, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["both", "image", "text"])
+def test_backbones_of_a_finished_model_start_another_one(kind, tiny_config, tmp_path):
+    finished = MMClfForImageTextClassification(tiny_config(kind))
+    finished.save_pretrained(tmp_path)
+    weights = {name: str(tmp_path) if getattr(finished.config, f"has_{name}") else None for name in ("image", "text")}
+    model = MMClfForImageTextClassification.from_backbones(tiny_config(), weights["image"], weights["text"])
+    for name, given in weights.items():
+        assert getattr(model.config, f"{name}_weights") == (tmp_path.name if given else "scratch")
+        if given:
+            own, kept = (getattr(one, f"{name}_model").state_dict() for one in (finished, model))
+            assert kept and all(torch.equal(own[key], kept[key]) for key in kept)
+        else:
+            fields = {f"{part}_weights": str(tmp_path) if part == name else None for part in ("image", "text")}
+            with pytest.raises(RuntimeError, match="does not fit"):
+                MMClfForImageTextClassification.from_backbones(tiny_config(), **fields)

@@ -11,6 +11,7 @@ from pathlib import Path
 import timm
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.nn import functional as F
@@ -181,6 +182,14 @@ def keep_statistics_in_backward(backbone: nn.Module, tokens: torch.Tensor) -> No
     tokens.register_hook(save)
 
 
+def _is_own(source: str) -> bool:
+    """Return whether a folder or a repository has a model of this package, of which one backbone is wanted."""
+    path = Path(source)
+    if path.exists() and not (path / "config.json").is_file():
+        return False
+    return PreTrainedConfig.get_config_dict(source)[0].get("model_type") == MMClfConfig.model_type
+
+
 def load_image_weights(backbone: nn.Module, config: MMClfConfig, weights: str | None) -> str:
     """
     Load pretrained weights into an image backbone and return their name, as a record.
@@ -208,7 +217,12 @@ def load_image_weights(backbone: nn.Module, config: MMClfConfig, weights: str | 
             "give one of these, or 'hub', or None"
         )
     # Not strict, since the file has a classifier too. Other differences are errors below.
-    keys = timm.models.load_checkpoint(backbone, str(found[0]), strict=False)
+    if _is_own(weights):
+        tensors = {name: tensor for name, tensor in load_file(found[0]).items() if name.startswith("image_model.")}
+        tensors = {name.removeprefix("image_model."): tensor for name, tensor in tensors.items()}
+        keys = backbone.load_state_dict(tensors, strict=False)
+    else:
+        keys = timm.models.load_checkpoint(backbone, str(found[0]), strict=False)
     heads = tuple(f"{name}." for name in classifier_names(backbone))
     surplus = [key for key in keys.unexpected_keys if not key.startswith(heads)]
     if keys.missing_keys or surplus:
@@ -349,7 +363,9 @@ def load_text_weights(backbone: PreTrainedModel, name: str | None, weights: str 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the other tower of CLIP would be listed tensor by tensor
     try:
-        donor, info = type(backbone).from_pretrained(source, config=backbone.config, output_loading_info=True)
+        names = {r"^text_model\.": ""} if _is_own(source) else None
+        kind, given = type(backbone), dict(config=backbone.config, key_mapping=names)
+        donor, info = kind.from_pretrained(source, output_loading_info=True, **given)
     except pickle.UnpicklingError as error:  # raised by torch's weights-only loader
         raise OSError(
             f"text weights {source!r}: its file is not a pickle of tensors alone, and reading anything else could run "

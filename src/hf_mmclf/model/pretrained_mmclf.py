@@ -88,9 +88,11 @@ class MMClfPreTrainedModel(PreTrainedModel):
                 The architecture. Its `image_weights` and `text_weights` are set to the names of the loaded weights.
             image_weights (`str`, *optional*, defaults to `"hub"`):
                 `"hub"` for the weights that timm knows under `config.image_backbone`; the path of a weights file
-                (`.safetensors`, `.bin`, `.pth`) or of a folder with one, as timm saves it; `None` for random ones.
+                (`.safetensors`, `.bin`, `.pth`) or of a folder with one, as timm or this class saves it; `None` for
+                random ones.
             text_weights (`str`, *optional*, defaults to `"hub"`):
-                `"hub"` for `config.text_backbone`; a local folder of `save_pretrained`; `None` for random ones.
+                `"hub"` for `config.text_backbone`; a local folder of `save_pretrained`, also of this class; `None`
+                for random ones.
 
         Raises:
             `OSError`, `RuntimeError`: if weights are not there or do not fit the architecture.

@@ -52,11 +52,11 @@ class ModelArguments(ArchitectureArguments):
         from_scratch (`bool`, *optional*, defaults to `False`):
             Initialize both backbones with random weights.
         image_weights (`str`, *optional*):
-            Pretrained weights of the image backbone: `"hub"`, or a weights file or folder. Without it they are those
-            of the Hub, with `from_scratch` random ones.
+            Pretrained weights of the image backbone: `"hub"`, or a weights file or folder, also that of a finished
+            model with this backbone. Without it they are those of the Hub, with `from_scratch` random ones.
         text_weights (`str`, *optional*):
-            Pretrained weights of the text backbone: `"hub"`, or a folder. Without it they are those of the Hub, with
-            `from_scratch` random ones.
+            Pretrained weights of the text backbone: `"hub"`, or a folder, also that of a finished model with this
+            backbone. Without it they are those of the Hub, with `from_scratch` random ones.
         tokenizer (`str`, *optional*):
             Hub name, folder, vocab.txt, or `"train"` for a tokenizer that is trained on the training texts. Without a
             name it is the text backbone's own, with `from_scratch` a trained one.
