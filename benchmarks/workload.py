@@ -76,9 +76,9 @@ class Workload:
 
         model_args, _, augmentation, self.args = parse_arguments([*self._flags(preset), *flags])
         config = build_config(model_args)
-        settle_labels(config, prepared, prepared.splits)
+        settle_labels(config, prepared, self.rows)
         tokenizer, _ = build_tokenizer(model_args, config, self.rows)
-        self.model = build_model(config, model_args, tokenizer)
+        self.model = build_model(config, model_args, tokenizer, self.rows)
         self.processor = build_processor(self.model, model_args, tokenizer)
         self.preprocessing = Preprocessing(self.processor, self.folder)
         self.augmented = self.preprocessing.training(augmentation)

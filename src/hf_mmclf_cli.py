@@ -95,6 +95,15 @@ COMMANDS = {
             "--overwrite": OVERWRITE,
         },
     ),
+    "embed": Command(
+        "Write the fused vector of each row, for search, duplicates and choosing rows to label. The rows are those of "
+        "predict, in their order.",
+        {
+            "folder": FOLDER,
+            "--output": dict(default="vectors.npy", help="File for the vectors, (rows, size) in float32 (.npy)."),
+            "--overwrite": OVERWRITE,
+        },
+    ),
     "push": Command(
         "Upload a model to the Hub as one commit. After a broken connection, run the same command again to continue. "
         "The token is that of `hf auth login` or of the environment variable HF_TOKEN.",

@@ -12,7 +12,7 @@ from PIL import Image
 from support.tiny_folder import CAPTIONS, LABELS, NAMES, write_folder, write_table
 from support.training_runs import TWO_PROCESSES
 
-from hf_mmclf import PRESETS, DataArguments, Predictor, compare
+from hf_mmclf import PRESETS, DataArguments, Predictor, compare, pipeline
 from hf_mmclf.cli import main
 from hf_mmclf.evaluation.report import report, report_text
 from hf_mmclf.hub import push as hub
@@ -90,7 +90,7 @@ class TestMain:
         text = capsys.readouterr().out
         assert caught.value.code == 0 and text.startswith(f"usage: hf-mmclf {command}")
         assert "--validation_fraction" not in text or command == "train"
-        if command in ("evaluate", "compare", "predict"):
+        if command in ("evaluate", "compare", "predict", "embed"):
             words, folders = " ".join(text.split()), "A B" if command == "compare" else "FOLDER"
             assert (
                 f"hf-mmclf {command} {folders} [--argument" in words
@@ -121,6 +121,9 @@ class TestMain:
             (["predict", "none", "--texts", "a", "--data", "x"], "expected either --data (a table) or"),
             (["predict", "none", "--texts", "a", "--output", "p.txt"], "p.txt: expected a name that ends in .csv or"),
             (["predict", "none", "--images", "a.jpg", "b.jpg"], "no such image: a.jpg, b.jpg"),
+            (["embed", "none"], "expected --data, the table whose rows are embedded"),
+            (["embed", "none", "--data", "x.csv", "--output", "v.csv"], "v.csv: expected a name that ends in .npy"),
+            (["embed", "none", "--data", "x.csv", "--test_data", "y.csv"], "--test_data has no effect, because embed"),
             (["presets", "--all"], "unknown argument '--all'"),
         ],
     )
@@ -215,6 +218,19 @@ class TestCompare:
         said = capsys.readouterr()
         assert "4 rows of train; 1 that only one model takes are left out" in said.out
         assert "Image left out: train.csv:3: the file is empty\n" in said.err and set(here.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["both", "image", "text"])
+def test_embed_writes_the_vectors_of_the_pipeline(kind, folders, here, capsys):
+    table = write_table(here)
+    main(["embed", folders[kind], "--data", "train.csv", "--output", "out/v.npy", "--batch_size", "2"])
+    vectors = np.load("out/v.npy")
+    size = f"{vectors.shape[1]} numbers each"
+    assert capsys.readouterr().out == f"5 rows of train, {size}: out/v.npy\n"
+    assert [file.name for file in (here / "out").iterdir()] == ["v.npy"]
+    rows = {"image": [str(table.parent / f"{row}.jpg") for row in range(5)], "text": CAPTIONS}
+    rows = {name: values for name, values in rows.items() if kind in ("both", name)}
+    np.testing.assert_allclose(vectors, pipeline(folders[kind]).embed(**rows), atol=1e-5)
 
 
 class TestPredict:

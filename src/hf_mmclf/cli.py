@@ -47,7 +47,7 @@ def run(name: str, argv: Sequence[str]) -> None:
     Raises:
         `SystemExit`: after an error message of one line.
     """
-    functions = (_train, _evaluate, _compare, _predict, _push, _export, _presets, _cache)
+    functions = (_train, _evaluate, _compare, _predict, _embed, _push, _export, _presets, _cache)
     commands = {function.__name__[1:]: function for function in functions}
     try:
         commands[name](argv)
@@ -148,6 +148,26 @@ def _predict(argv: Sequence[str]) -> None:
             print(f"{len(rows):,} rows of {name}: {own.output}")
         else:
             print("\n".join(predictions.prediction_lines(rows, scores, predictor.model.config)))
+
+
+def _embed(argv: Sequence[str]) -> None:
+    """Write the fused vectors of rows."""
+    options, data, own = _parse("embed", argv)
+    from . import Predictor
+    from .data.arguments import changed_fields, refuse_idle
+    from .inference.predictions import check_output, write_vectors
+
+    if data.data is None:
+        raise ValueError("expected --data, the table whose rows are embedded")
+    given = changed_fields(data)
+    refuse_idle(given, [(False, ["validation_data", "test_data"], "embed reads --data alone")])
+    check_output(own.output, (".npy",), own.overwrite, _tables(data), [own.folder])
+    predictor = Predictor.load(own.folder)
+    name, rows, folder = _rows(predictor, data, options.split, labelled=False)
+    vectors = predictor.embed(rows, folder, options.batch_size)
+    if _is_main_process():
+        write_vectors(own.output, vectors)
+        print(f"{len(rows):,} rows of {name}, {vectors.shape[1]:,} numbers each: {own.output}")
 
 
 def _push(argv: Sequence[str]) -> None:

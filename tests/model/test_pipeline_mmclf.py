@@ -334,6 +334,38 @@ def test_rows_without_an_image_do_not_run_the_image_backbone(pipe, monkeypatch):
         pipe(image=Image.new("RGB", (9, 9)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_are_what_the_classifier_reads(kind, pipes, records):
+    pipe = pipes[kind]
+    own = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}[kind]
+    rows = [{name: row[name] for name in own} for row in records]
+    vectors = pipe.embed(rows, batch_size=2)
+    assert vectors.dtype == np.float32 and vectors.shape == (len(rows), pipe.model.classifier.in_features)
+    np.testing.assert_allclose(pipe.embed(rows[1]), vectors[1], atol=1e-5)
+    np.testing.assert_allclose(pipe.embed(iter(rows)), vectors, atol=1e-5)
+    columns = {name: [row[name] for row in rows] for name in own}
+    np.testing.assert_allclose(pipe.embed(**columns), vectors, atol=1e-5)
+    logits = torch.nn.functional.linear(
+        torch.from_numpy(vectors), pipe.model.classifier.weight, pipe.model.classifier.bias
+    )
+    scores = [{row["label"]: row["score"] for row in found} for found in pipe(rows, return_all_scores=True)]
+    for found, row in zip(scores, logits.sigmoid().tolist(), strict=True):
+        assert list(map(found.get, pipe.model.config.id2label.values())) == pytest.approx(row, abs=1e-5)
+    if kind == "both":  # one modality is enough
+        assert not np.allclose(pipe.embed(text=CAPTIONS[0]), vectors[0])
+    with pytest.raises(TypeError, match="threshold"):
+        pipe.embed(rows, threshold=0.5)
+
+
+def test_embeddings_of_label_queries_are_their_mean(tmp_path, records):
+    pipe = hf_mmclf.pipeline(write_folder(tmp_path, "both", fusion="label_queries"), device="cpu")
+    found = []
+    pipe.model.classifier.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0][0].mean(0).numpy()))
+    vectors = pipe.embed(records)
+    np.testing.assert_allclose(vectors, found, atol=1e-6)
+    assert vectors.shape == (len(records), 8)
+
+
 def test_columns_are_read_row_by_row(pipe):
     """A table of any size need not fit into memory."""
     read = []

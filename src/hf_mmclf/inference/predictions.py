@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 from datasets import Dataset
@@ -86,13 +86,14 @@ def check_output(
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[TextIO]:
-    """Open a text file that appears, or replaces an old one, only when everything has been written."""
+def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a file that appears, or replaces an old one, only when everything has been written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
-        with part.open("w", encoding="utf-8", newline="") as file:
+        text = {} if "b" in mode else dict(encoding="utf-8", newline="")
+        with part.open(mode, **text) as file:
             yield file
         part.replace(path)
     finally:
@@ -103,6 +104,12 @@ def write_json(path: str | Path, content: Any) -> None:
     """Write figures to a JSON file by an atomic write."""
     with atomic_file(path) as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
+
+
+def write_vectors(path: str | Path, vectors: np.ndarray) -> None:
+    """Write an array to a file (`.npy`) by an atomic write."""
+    with atomic_file(path, "wb") as file:
+        np.save(file, vectors)
 
 
 def write_predictions(path: str | Path, rows: Dataset, scores: np.ndarray, config: MMClfConfig) -> None:

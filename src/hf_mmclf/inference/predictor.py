@@ -249,6 +249,19 @@ class Predictor:
         """
         return scores_of(self.predict(rows, folder, batch_size, workers).predictions)
 
+    def embed(self, rows: Dataset, folder: Path, batch_size: int = 64, workers: int | None = None) -> np.ndarray:
+        """
+        Compute the fused vectors of rows, for search, duplicates and choosing rows to label.
+
+        Args:
+            rows, folder, batch_size, workers: As for [`Predictor.predict`].
+
+        Returns:
+            `np.ndarray` of shape `(rows, size)`: Vectors, float32.
+        """
+        embedder = dataclasses.replace(self, model=_Embedder(self.model), trainer=None)
+        return embedder.predict(rows, folder, batch_size, workers).predictions
+
     def ablated_scores(self, rows: Dataset, folder: Path, batch_size: int = 64) -> dict[str, np.ndarray]:
         """
         Compute the scores of rows without their texts, without their images and with texts of other rows.
@@ -313,6 +326,17 @@ class Predictor:
         references_of(rows)  # raises its error before the rows are scored
         scores = self.scores(rows, folder, batch_size)
         return self.report(rows, scores, folder if ablations else None, batch_size)
+
+
+class _Embedder(torch.nn.Module):
+    """A model whose output is its fused vectors in place of its logits, as `Trainer` predicts."""
+
+    def __init__(self, model: MMClfForImageTextClassification):
+        super().__init__()
+        self.model = model
+
+    def forward(self, labels: torch.Tensor | None = None, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"embeddings": self.model(**inputs, output_embeddings=True).embeddings}
 
 
 def _read_splits(file: Path) -> list[dict[str, str]]:

@@ -230,6 +230,14 @@ class FeatureNorm(nn.Module):
         return self.dropout(result.transpose(1, 2)).transpose(1, 2), mask
 
 
+def feature_norms(config: MMClfConfig, widths: dict[str, int]) -> nn.ModuleDict | None:
+    """Return a [`FeatureNorm`] for each modality, given the size of its tokens, if the configuration asks for them."""
+    if not (config.modality_classifiers or config.feature_dropout):
+        return None
+    rates = {"image": config.feature_dropout, "text": 0.625 * config.feature_dropout}  # texts have fewer features
+    return nn.ModuleDict({name: FeatureNorm(size, rates[name]) for name, size in widths.items()})
+
+
 class ModalityClassifiers(nn.Module):
     """
     A linear classifier for the image and one for the text, each trained by a loss of its own (late fusion).

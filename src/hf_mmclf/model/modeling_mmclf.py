@@ -28,12 +28,12 @@ from .backbones_mmclf import (
 )
 from .configuration_mmclf import MMClfConfig
 from .fusion_mmclf import (
-    FeatureNorm,
     Fusion,
     LabelClassifier,
     LabelQueries,
     MissingModality,
     ModalityClassifiers,
+    feature_norms,
     masked_mean,
     projection,
     with_losses_alone,
@@ -53,9 +53,12 @@ class MMClfOutput(SequenceClassifierOutput):
         modality_logits (`torch.FloatTensor` of shape `(batch, 2, num_labels)`, *optional*):
             The logits of image and text alone, NaN where a row lacks the modality. Only a model with
             `modality_classifiers` has them, and only in training mode.
+        embeddings (`torch.FloatTensor` of shape `(batch, size)`, *optional*):
+            The fused vectors, which the classifier reads; with label queries, their mean over the labels.
     """
 
     modality_logits: torch.FloatTensor | None = None
+    embeddings: torch.FloatTensor | None = None
 
 
 class MMClfForImageTextClassification(MMClfPreTrainedModel):
@@ -103,12 +106,9 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
             frozen += frozen_text_modules(self.text_model, config.unfrozen_text_layers)
         self._frozen = frozen
         self.main_input_name = "pixel_values" if config.has_image else "input_ids"
-
         both = len(widths) == 2
-        self.feature_norms = self.modality_classifiers = None
-        if config.modality_classifiers or config.feature_dropout:
-            rates = {"image": config.feature_dropout, "text": 0.625 * config.feature_dropout}  # fewer features
-            self.feature_norms = nn.ModuleDict({name: FeatureNorm(size, rates[name]) for name, size in widths.items()})
+        self.feature_norms = feature_norms(config, widths)
+        self.modality_classifiers = None
         if both:
             if config.modality_classifiers:
                 self.modality_classifiers = ModalityClassifiers(config.num_labels, widths["image"], widths["text"])
@@ -145,6 +145,7 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_embeddings: bool = False,
     ) -> MMClfOutput | tuple:
         r"""
         Compute the logits of a batch, and its loss if labels are given.
@@ -165,6 +166,7 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
                 Embeddings of the tokens, which replace `input_ids`.
             output_hidden_states, output_attentions (`bool`, *optional*):
                 Whether to return the hidden states and attentions of the text backbone. Default to those of `config`.
+            output_embeddings (`bool`, *optional*, defaults to `False`): Whether to return the fused vectors.
             return_dict (`bool`, *optional*, defaults to `config.return_dict`):
                 Whether to return an output object instead of a tuple.
 
@@ -192,13 +194,14 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
                 inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
                 text_features, encoded = self._run_text(attention_mask, **inputs, **outputs)
             text = self.encode_text(attention_mask=attention_mask, text_mask=text_mask, features=text_features)
-        logits, alone = self._classify(image, text)
+        logits, alone, embeddings = self._classify(image, text)
         return MMClfOutput(
             loss=None if labels is None else with_losses_alone(self._loss, logits, alone, labels),
             logits=logits,
             hidden_states=getattr(encoded, "hidden_states", None),
             attentions=getattr(encoded, "attentions", None),
             modality_logits=alone,
+            embeddings=embeddings if output_embeddings else None,
         )
 
     def _outputs(self, **asked: bool | None) -> dict[str, Any]:
@@ -300,8 +303,10 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         """
         return self._classify(image, text)[0]
 
-    def _classify(self, image: Tokens | None, text: Tokens | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits of [`~MMClfForImageTextClassification.classify`], and in training those of modalities."""
+    def _classify(
+        self, image: Tokens | None, text: Tokens | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Return the logits, in training those of each modality too, and the fused vectors."""
         both = self.config.has_image and self.config.has_text
         if self.feature_norms is not None:
             image = None if image is None else self.feature_norms["image"](*image)
@@ -320,11 +325,12 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         else:
             features = masked_mean(*modalities[0])
         logits = self.classifier(self.dropout(features))
+        embeddings = features.mean(1) if self.config.fusion == "label_queries" else features
         if own is None:
-            return logits, None
+            return logits, None, embeddings
         alone, present = own
         logits = torch.where(present.all(1, keepdim=True), logits, 0) + alone.sum(1)
-        return logits, torch.where(present.unsqueeze(-1), alone, torch.nan) if self.training else None
+        return logits, torch.where(present.unsqueeze(-1), alone, torch.nan) if self.training else None, embeddings
 
     def _check_inputs(self, pixels: torch.Tensor | None, tokens: torch.Tensor | None) -> None:
         config = self.config

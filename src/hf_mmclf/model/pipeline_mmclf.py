@@ -16,22 +16,12 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, AutoProcessor
 
 from .configuration_mmclf import MMClfConfig
-from .processing_mmclf import is_missing_image, is_missing_text, is_one
+from .processing_mmclf import is_missing_image, is_missing_text, is_one, scores_of
 
 __all__ = ["TASK", "ImageTextClassificationPipeline", "pipeline", "scores_of"]
 
 TASK = "image-text-classification"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
-
-
-def scores_of(logits: np.ndarray | torch.Tensor) -> np.ndarray:
-    """
-    Convert logits of any shape to scores in [0, 1], float32.
-
-    The sigmoid is computed in float64 and then rounded, as in `predict.py` of an export. In float32, torch gives two
-    results for 4% of all numbers, by the place of the number in the tensor.
-    """
-    return torch.as_tensor(logits).cpu().double().sigmoid().float().numpy()
 
 
 class Records(Dataset):
@@ -172,12 +162,28 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
             raise ValueError("image and text are one column and one single value; expected two of the same kind")
         return given if True in single else Columns(**given)
 
+    def embed(
+        self, inputs: Any = None, text: Any = None, *, image: Any = None, images: Any = None, batch_size: int = 1
+    ) -> np.ndarray:
+        """
+        Compute the fused vector of one row, of shape `(size,)`, or of several, `(rows, size)`, in float32.
+
+        Args:
+            inputs, text, image, images, batch_size: As for the call, which also says what is raised.
+        """
+        rows = dict(image=image, images=images, batch_size=batch_size)
+        found = self(inputs, text, **rows, return_embeddings=True)
+        return found if isinstance(found, np.ndarray) else np.array(list(found))
+
     def _sanitize_parameters(
         self,
         threshold: float | Mapping[str, float] | Sequence[float] | None = None,
         top_k: int | None = None,
         return_all_scores: bool | None = None,
+        return_embeddings: bool = False,
     ) -> tuple[dict, dict, dict]:
+        if return_embeddings:
+            return {}, {"output_embeddings": True}, {}
         options: dict[str, Any] = {}
         if threshold is not None:
             options["thresholds"] = self._thresholds(threshold)
@@ -239,7 +245,9 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         except Exception as error:  # Pillow's decoders raise nearly everything
             raise ValueError(f"cannot read the image {_name(image)}: {error}") from error
 
-    def _forward(self, model_inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _forward(
+        self, model_inputs: dict[str, torch.Tensor], output_embeddings: bool = False
+    ) -> dict[str, torch.Tensor]:
         inputs, present = dict(model_inputs), {}
         for part, mask, names in (
             ("image", "image_mask", ("pixel_values",)),
@@ -250,7 +258,8 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
             if mask in inputs and not inputs[mask].any():  # no backbone runs for rows that all lack its input
                 for name in (mask, *names):
                     inputs.pop(name, None)
-        return {"logits": self.model(**inputs).logits, **present}
+        output = self.model(**inputs, output_embeddings=output_embeddings)
+        return {"embeddings": output.embeddings} if output_embeddings else {"logits": output.logits, **present}
 
     def postprocess(
         self,
@@ -258,16 +267,19 @@ class ImageTextClassificationPipeline(transformers.Pipeline):
         thresholds: np.ndarray | None = None,
         top_k: int | None = None,
         return_all_scores: bool = False,
-    ) -> list[dict[str, Any]]:
+    ) -> list[dict[str, Any]] | np.ndarray:
         """
-        Turn the logits of one row into labels with their scores, most likely first.
+        Turn the logits of one row into labels with their scores, most likely first, or return its fused vector.
 
         Args:
-            model_outputs (`dict[str, torch.Tensor]`): `logits`, and whether the row has an `image` and a `text`.
+            model_outputs (`dict[str, torch.Tensor]`):
+                `logits`, and whether the row has an `image` and a `text`; or `embeddings`.
             thresholds (`np.ndarray` of shape `(num_labels,)`, *optional*):
                 Thresholds that replace the model's own, except where they are NaN.
             top_k, return_all_scores: As for the call.
         """
+        if "embeddings" in model_outputs:
+            return model_outputs["embeddings"][0].float().numpy()
         config = self.model.config
         scores = scores_of(model_outputs["logits"][0])
         if np.isnan(scores).any():

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, Proces
 from transformers.processing_utils import TextKwargs
 from transformers.utils import cached_file
 
-__all__ = ["MMClfProcessor", "is_missing_image", "is_missing_text", "is_one"]
+__all__ = ["MMClfProcessor", "is_missing_image", "is_missing_text", "is_one", "scores_of"]
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Arguments of tokenizers that would make another number of rows, or that are for texts with marks of images.
@@ -44,6 +44,16 @@ def is_one(value: Any) -> bool:
     if isinstance(value, np.ndarray | torch.Tensor):
         return value.ndim in (2, 3)
     return isinstance(value, str | bytes | bytearray | memoryview | Mapping) or not hasattr(value, "__len__")
+
+
+def scores_of(logits: np.ndarray | torch.Tensor) -> np.ndarray:
+    """
+    Convert logits of any shape to scores in [0, 1], float32.
+
+    The sigmoid is computed in float64 and then rounded, as in `predict.py` of an export. In float32, torch gives two
+    results for 4% of all numbers, by the place of the number in the tensor.
+    """
+    return torch.as_tensor(logits).cpu().double().sigmoid().float().numpy()
 
 
 class MMClfProcessor(ProcessorMixin):

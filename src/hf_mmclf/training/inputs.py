@@ -117,10 +117,7 @@ def prepare_inputs(
         tokenizer, source = build_tokenizer(model_args, config, train_rows)
     settle_labels(config, prepared, train_rows, model_args.min_labels)
     missing = settle_missing(config, prepared, train_rows)
-    model = finished.start(config) if finished else build_model(config, model_args, tokenizer)
-    if model.feature_norms is not None and not finished:
-        references = torch.from_numpy(references_of(train_rows))
-        model.init_biases((references == 1).sum(0) / (references >= 0).sum(0).clamp(min=1))
+    model = finished.start(config) if finished else build_model(config, model_args, tokenizer, train_rows)
     processor = finished.processor if finished else build_processor(model, model_args, tokenizer)
     for part, weights in (("image", config.image_weights), ("text", config.text_weights)):
         if weights:
@@ -331,10 +328,10 @@ def settle_missing(config: MMClfConfig, prepared: PreparedData, train_rows: Data
 
 
 def build_model(
-    config: MMClfConfig, args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None
+    config: MMClfConfig, args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None, rows: Dataset
 ) -> MMClfForImageTextClassification:
     """
-    Build the model and load the weights of its backbones.
+    Build the model and load the weights of its backbones. If it standardises features, set its biases by the labels.
 
     Args:
         config ([`MMClfConfig`]):
@@ -343,6 +340,8 @@ def build_model(
             The weights.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             The tokenizer, if the model has a text backbone.
+        rows (`Dataset`):
+            The training rows.
 
     Raises:
         `ValueError`: If the tokenizer has more tokens than the pretrained text backbone.
@@ -363,7 +362,11 @@ def build_model(
                 f"--tokenizer {args.tokenizer} has {len(tokenizer):,} tokens, the pretrained text backbone "
                 f"{config.text_config.vocab_size:,}, so its numbers mean other words; leave --tokenizer out"
             )
-    return MMClfForImageTextClassification.from_backbones(config, weights["image"], weights["text"])
+    model = MMClfForImageTextClassification.from_backbones(config, weights["image"], weights["text"])
+    if model.feature_norms is not None:
+        references = torch.from_numpy(references_of(rows))
+        model.init_biases((references == 1).sum(0) / (references >= 0).sum(0).clamp(min=1))
+    return model
 
 
 def build_processor(
