@@ -1,13 +1,14 @@
 """The files that are pushed as code: the rules they keep, and that they work where this package is not."""
 
 import ast
+import base64
 import getpass
 import json
 import os
 import re
 import subprocess
 import sys
-from importlib.metadata import Distribution, distribution
+from importlib.metadata import Distribution, distribution, requires
 from pathlib import Path
 
 import pytest
@@ -178,9 +179,69 @@ def test_the_folder_has_no_pickle_and_nothing_of_this_machine(kind, saved):
             with safe_open(file, "pt") as weights:
                 content = json.dumps(weights.metadata()) + " ".join(weights.keys())
         else:
-            assert file.suffix in {".json", ".py"}, file
+            assert file.suffix in {".json", ".py"} or file.name == "requirements.txt", file
             content = file.read_text(encoding="utf-8")
         assert not private.findall(content), file
     names = {file.name for file in folder.iterdir()}
     needed = {file.name for file in SOURCES} - ({"image_processing_mmclf.py"} if kind == "text" else set())
-    assert needed == {name for name in names if name.endswith(".py")}
+    assert needed | {"handler.py"} == {name for name in names if name.endswith(".py")}
+
+
+SERVE = """
+import json, runpy, sys
+given = json.load(sys.stdin)
+results = []
+for folder, requests in given:
+    handler = runpy.run_path(folder + "/handler.py")["EndpointHandler"](folder)
+    for request in requests:
+        try:
+            results.append(handler(request))
+        except ValueError as error:
+            results.append(str(error))
+assert "hf_mmclf" not in sys.modules
+print(json.dumps(results))
+"""
+
+
+def test_an_endpoint_answers_without_this_package(saved, run):
+    folders, _, rows = saved
+    images = [base64.b64encode(Path(file).read_bytes()).decode() for file in rows["image"]]
+    both = [{"image": image, "text": text} for image, text in zip(images, rows["text"], strict=True)]
+    url = f"data:image/jpeg;base64,{images[0]}"
+    known = [{"image": image, "text": text} for image, text in zip(rows["image"], rows["text"], strict=True)]
+    requests = [  # folder, rows of the request, parameters, rows of the pipeline
+        (folders["both"], both, {}, known),
+        (folders["both"], both[0], {}, known[0]),
+        (folders["both"], {"text": CAPTIONS[0]}, {"top_k": 2}, {"text": CAPTIONS[0]}),
+        (folders["both"], {"image": url}, {"threshold": 0.1}, {"image": rows["image"][0]}),
+        (folders["image"], [{"image": image} for image in images], {}, [{"image": file} for file in rows["image"]]),
+        (folders["text"], {"text": CAPTIONS[1]}, {"return_all_scores": True}, {"text": CAPTIONS[1]}),
+    ]
+    wrong = [
+        ({"inputs": {"image": "http://127.0.0.1/a.jpg"}}, "URLs and paths are not read"),
+        ({"inputs": {"image": base64.b64encode(b"no image").decode()}}, "record 0: cannot read the image"),
+        ({"inputs": {"image": 3}}, "expected an image file in base64"),
+        ({"inputs": {"caption": "a dog"}}, "got the keys ['caption']"),
+        ({"inputs": "a dog"}, "or a list of these"),
+        ({"text": "a dog"}, "got the keys ['text']; expected inputs and parameters"),
+        ({"inputs": both[0], "parameters": {"topk": 2}}, "got the parameters ['topk']"),
+    ]
+    sent = [(str(folder), [{"inputs": given, "parameters": options}]) for folder, given, options, _ in requests]
+    sent.append((str(folders["both"]), [request for request, _ in wrong]))
+    child = run(SERVE, json.dumps(sent))
+    assert child.returncode == 0, child.stderr[-3000:]
+    found = json.loads(child.stdout.splitlines()[-1])
+    for (folder, _, options, same), answer in zip(requests, found, strict=False):
+        expected = hf_mmclf.pipeline(folder)(same, **options)
+        pairs = zip(answer, expected, strict=True) if isinstance(same, list) else [(answer, expected)]
+        for labels, wanted in pairs:
+            assert [label["label"] for label in labels] == [label["label"] for label in wanted]
+            assert [label["score"] for label in labels] == pytest.approx([one["score"] for one in wanted], abs=1e-5)
+    for (_, message), answer in zip(wrong, found[len(requests) :], strict=True):
+        assert message in answer
+
+
+def test_the_requirements_of_an_endpoint_are_those_of_this_package(saved):
+    lines = (saved[0]["both"] / "requirements.txt").read_text().splitlines()
+    names = {"torch", "torchvision", "timm", "transformers", "pillow"}
+    assert {Requirement(line).name for line in lines} == names and set(lines) <= set(requires("hf_mmclf"))

@@ -25,6 +25,7 @@ logger = logging.get_logger(__name__)
 # The files of an output folder that are sent, as patterns of their paths. Nothing else is sent, and none is a pickle.
 PUBLISHED = (
     *("README.md", "config.json", "model*.safetensors", "model*.safetensors.index.json", "*_mmclf.py"),
+    *("handler.py", "requirements.txt"),
     *("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model"),
     *("sentencepiece.bpe.model", "metrics.json", "training.json", "splits.csv", *PLOTS),

@@ -1,18 +1,25 @@
 """How the folder of a model is written, whole or not at all, and how its files are checked."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import requires
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 from safetensors import SafetensorError, safe_open
 
+from ..model import handler
 from ..model.modeling_mmclf import MMClfForImageTextClassification
 from ..model.pipeline_mmclf import TASK, ImageTextClassificationPipeline
 from ..model.processing_mmclf import MMClfProcessor
 from .quiet import no_progress_bars
+
+# Packages that a folder needs where this package is not installed, with the versions that this package asks for.
+PACKAGES = ("torch", "torchvision", "timm", "transformers", "pillow")
+REQUIREMENTS = [line for line in requires("hf_mmclf") if re.split(r"\W", line)[0] in PACKAGES]
 
 
 @contextmanager
@@ -79,7 +86,8 @@ def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor
     """
     Save weights (safetensors), configuration, image processor and tokenizer, with the code that loads them.
 
-    The tokenizer gets the length limit of the text backbone, so nothing that loads the folder has to set it.
+    `handler.py` and `requirements.txt` serve the folder as an Inference Endpoint of the Hub. The tokenizer gets the
+    length limit of the text backbone, so nothing that loads the folder has to set it.
 
     Args:
         model ([`MMClfForImageTextClassification`]): The model, with labels and thresholds in its `config`.
@@ -90,3 +98,5 @@ def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor
     pipe = ImageTextClassificationPipeline(model=model, processor=processor, task=TASK, device=model.device)
     with no_progress_bars():
         pipe.save_pretrained(folder)
+    shutil.copyfile(handler.__file__, Path(folder, "handler.py"))
+    Path(folder, "requirements.txt").write_text("".join(f"{line}\n" for line in REQUIREMENTS), encoding="utf-8")
