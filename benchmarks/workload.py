@@ -78,7 +78,7 @@ class Workload:
         config = build_config(model_args)
         settle_labels(config, prepared, self.rows)
         tokenizer, _ = build_tokenizer(model_args, config, self.rows)
-        self.model = build_model(config, model_args, tokenizer, self.rows)
+        self.model = build_model(config, model_args, tokenizer, prepared)
         self.processor = build_processor(self.model, model_args, tokenizer)
         self.preprocessing = Preprocessing(self.processor, self.folder)
         self.augmented = self.preprocessing.training(augmentation)

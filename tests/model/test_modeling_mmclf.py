@@ -363,7 +363,7 @@ def test_modality_classifiers_row_by_row(kind, tokens, tiny_model, tiny_batch):
     for row in range(3):
         vectors = {"image": image[row].mean(0), "text": text[row][mask[row]].mean(0)}
         for name, vector in vectors.items():
-            norm = model.feature_norms[name].norm
+            norm = model.feature_norms[name]
             vectors[name] = (vector - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
         alone = {name: getattr(own, name)(vector) for name, vector in vectors.items()}
         expected = (fused[row] + alone["image"] + alone["text"], alone["text"], alone["image"])[row]
@@ -410,30 +410,54 @@ def test_each_modality_with_a_classifier_has_a_loss_of_its_own(tiny_model, tiny_
 def test_standardisation_counts_the_tokens_that_are_there(tiny_model, tiny_batch):
     model = tiny_model(modality_classifiers=True).train()
     model.text_model.eval()  # without dropout
-    batch, norm = tiny_batch(), model.feature_norms["text"].norm
+    batch, norm = tiny_batch(), model.feature_norms["text"]
     rows = {name: value[[0, 2]] for name, value in batch.items()}
     tokens, mask = model.encode_text(rows["input_ids"], rows["attention_mask"])
     model(**batch | dict(text_mask=torch.tensor([True, False, True])))
-    expected = 0.1 * tokens[mask].mean(0), 0.9 + 0.1 * tokens[mask].var(0)  # by the momentum of BatchNorm
-    torch.testing.assert_close((norm.running_mean, norm.running_var), expected)
+    torch.testing.assert_close(norm.running_mean, 0.1 * tokens[mask].mean(0))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * tokens[mask].var(0, correction=0))
     found = state(norm)
-    model(**{name: value[:1] for name, value in batch.items()} | dict(text_mask=torch.tensor([False])))
-    assert changed(found, state(norm)) == set()  # no token has no variance
+    one = {name: value[:1] for name, value in batch.items()}
+    for present in (False, True):  # no row has no spread, and neither has a single one
+        model(**one | dict(text_mask=torch.tensor([present])))
+    torch.testing.assert_close(found, state(norm))
+    tokens, mask = model.encode_text(one["input_ids"], one["attention_mask"])
+    expected = (tokens - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+    torch.testing.assert_close(norm(tokens, mask)[mask], expected[mask])
+
+
+@pytest.mark.parametrize("missing", ["image", "text"])
+def test_all_parameters_have_gradients_if_no_row_has_a_modality(missing, tiny_model, tiny_batch):
+    """DistributedDataParallel does not allow parameters without one."""
+    model = tiny_model(feature_dropout=0.5, modality_classifiers=True, learned_missing=True).train()
+    mask = {f"{missing}_mask": torch.zeros(3, dtype=torch.bool)}
+    model(**tiny_batch(), **mask, labels=torch.ones(3, 3)).loss.backward()
+    unused = {"classifier.weight", "classifier.bias"}  # of rows with both modalities
+    assert not [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+    assert unused <= {name for name, weight in model.named_parameters() if (weight.grad == 0).all()}
+
+
+def test_pixels_of_missing_images_may_be_nan(tiny_model, tiny_batch):
+    model, batch = tiny_model(feature_dropout=0.5).train(), tiny_batch()
+    batch["pixel_values"][1] = torch.nan
+    model(**batch, image_mask=torch.tensor([True, False, True]), labels=torch.ones(3, 3)).loss.backward()
+    assert not any(weight.grad.isnan().any() for weight in model.parameters() if weight.grad is not None)
 
 
 def test_feature_dropout_drops_the_same_features_of_all_tokens(tiny_model):
     norm = FeatureNorm(50, 0.5).train()
     tokens, mask = torch.randn(4, 6, 50), torch.rand(4, 6) < 0.8
-    dropped, _ = norm(tokens, mask)
+    dropped = norm(tokens, mask)
     for row, there in zip(dropped, mask, strict=True):
         zeros = row[there] == 0
         assert (zeros == zeros[0]).all() and 10 < zeros[0].sum() < 40 and (row[~there] == 0).all()
-    standard = norm.norm(tokens[mask])
+    there = tokens[mask]
+    standard = (there - there.mean(0)) / (there.var(0, correction=0) + norm.eps).sqrt()
     torch.testing.assert_close(dropped[mask], torch.where(dropped[mask] == 0, 0, 2 * standard))
     for kind, rates in (("both", {"image": 0.8, "text": 0.5}), ("image", {"image": 0.8}), ("text", {"text": 0.5})):
         norms = tiny_model(kind, feature_dropout=0.8).feature_norms
         assert {name: norm.dropout.p for name, norm in norms.items()} == rates
-    assert tiny_model().feature_norms is None
+    assert tiny_model().feature_norms is None and tiny_model("text", modality_classifiers=True).feature_norms is None
 
 
 @pytest.mark.parametrize("kind, fields", [("both", {}), ("both", dict(modality_classifiers=True)), ("text", {})])
@@ -859,7 +883,7 @@ def test_image_weights_that_do_not_fit(donor, tiny_config, tmp_path):
         name, more = ("resnet18", dict(layers=layers[donor], **args)) if donor in layers else (donor, {})
         save_file(timm.create_model(name, **more).state_dict(), tmp_path / "w.safetensors")
     config = tiny_config("image", image_backbone="resnet18", image_backbone_args=dict(layers=[1, 1, 1, 1], **args))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="w.safetensors does not fit 'resnet18': "):
         MMClfForImageTextClassification.from_backbones(config, image_weights=str(tmp_path / "w.safetensors"))
 
 
@@ -867,7 +891,7 @@ def test_image_weights_that_do_not_fit(donor, tiny_config, tmp_path):
 def test_text_weights_that_do_not_fit(fields, tiny_config, tmp_path):
     BertModel(tiny_config().text_config).save_pretrained(tmp_path)
     config = tiny_config("text", text_config=fields, text_pooling="mean")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="does not fit text_config: "):
         MMClfForImageTextClassification.from_backbones(config, text_weights=str(tmp_path))
 
 

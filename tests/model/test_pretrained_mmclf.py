@@ -157,5 +157,5 @@ def test_backbones_of_a_finished_model_start_another_one(kind, tiny_config, tmp_
             assert kept and all(torch.equal(own[key], kept[key]) for key in kept)
         else:
             fields = {f"{part}_weights": str(tmp_path) if part == name else None for part in ("image", "text")}
-            with pytest.raises(RuntimeError, match="does not fit"):
+            with pytest.raises(ValueError, match="does not fit"):
                 MMClfForImageTextClassification.from_backbones(tiny_config(), **fields)

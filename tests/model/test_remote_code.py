@@ -22,7 +22,7 @@ from hf_mmclf.inference.folders import save_model
 from hf_mmclf.inference.predictor import Predictor
 
 SOURCES = sorted(Path(hf_mmclf.__file__).with_name("model").glob("*_mmclf.py"))
-PEOPLE_HAVE = {"torch", "torchvision", "timm", "transformers", "huggingface_hub", "numpy", "PIL"}
+PEOPLE_HAVE = {"torch", "torchvision", "timm", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors"}
 OPTIONAL = {"torchcodec"}
 KINDS = ["both", "image", "text"]
 

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from datasets import Dataset
 from huggingface_hub import constants
 from transformers import (
     BertTokenizer,
@@ -13,7 +12,7 @@ from transformers import (
     ViTConfig,
 )
 
-from hf_mmclf import MMClfForImageTextClassification, ModelArguments, parse_arguments, train
+from hf_mmclf import MMClfForImageTextClassification, ModelArguments, build_trainer, parse_arguments, train
 from hf_mmclf.training.inputs import build_config, build_model, prepare_inputs, warn_of_idle
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat"]
@@ -83,7 +82,7 @@ def test_weights_that_are_given_win_over_from_scratch(tmp_path, tiny_model):
     given.text_model.save_pretrained(tmp_path / "tower")
     args = ModelArguments(from_scratch=True, text_weights=str(tmp_path / "tower"))
     tokenizer = BertTokenizer(vocab={w: i for i, w in enumerate([*WORDS, *map(str, range(52))])})
-    model = build_model(given.config, args, tokenizer, Dataset.from_dict({}))
+    model = build_model(given.config, args, tokenizer, None)
     state = model.text_model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in given.text_model.state_dict().items())
 
@@ -92,7 +91,7 @@ def test_a_tokenizer_of_another_vocabulary_does_not_fit_pretrained_weights(tiny_
     config = tiny_model("text").config
     few = BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)})
     with pytest.raises(ValueError, match="--tokenizer x has 8 tokens, the pretrained text backbone 60"):
-        build_model(config, ModelArguments(tokenizer="x", text_weights="tower"), few, Dataset.from_dict({}))
+        build_model(config, ModelArguments(tokenizer="x", text_weights="tower"), few, None)
 
 
 def test_without_a_network_one_line_says_what_to_do(table, tmp_path, monkeypatch):
@@ -173,12 +172,17 @@ def test_every_prediction_has_a_label_if_every_training_row_has_one(given, rows,
     assert (said in notices()) == (given is None and expected == 1)
 
 
-def test_late_fusion_starts_from_the_frequencies_of_the_labels(tmp_path, monkeypatch):
+def test_late_fusion_starts_from_the_frequencies_of_the_labels(tmp_path, notices):
     """The first scores are those frequencies, of which unknown labels are no part."""
-    rows = ["a,1,0", "b,1,-1", "c,0,-1", "d,1,1"] * 5
+    rows = ["a,1,0,-1", "b,1,-1,-1", "c,0,-1,-1", "d,1,1,-1"] * 5
     for name in ("train", "validation"):
-        (tmp_path / f"{name}.csv").write_text("\n".join(["text,x,y", *rows]), encoding="utf-8")
-    flags = ["--data", str(tmp_path), "--label_columns", "x", "y", "--preset", "demo-text", "--feature_dropout", "0.2"]
-    model = prepare_inputs(*parse_arguments(flags)).model
-    torch.testing.assert_close(model.classifier.bias.sigmoid(), torch.tensor([0.75, 0.5]))
-    assert prepare_inputs(*parse_arguments(flags[:-2])).model.classifier.bias.tolist() == [0, 0]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,x,y,z", *rows]), encoding="utf-8")
+    columns = ["--data", str(tmp_path), "--label_columns", "x", "y", "z", "--preset", "demo-text"]
+    arguments = parse_arguments([*columns, "--feature_dropout", "0.2", "--output_dir", str(tmp_path / "m")])
+    said = "the biases of the classifiers start at the frequencies of the labels"
+    for make in (prepare_inputs, build_trainer):
+        model = make(*arguments).model
+        torch.testing.assert_close(model.classifier.bias.sigmoid(), torch.tensor([0.75, 0.5, 0.5]))
+        assert said in notices()
+    assert prepare_inputs(*parse_arguments(columns)).model.classifier.bias.tolist() == [0, 0, 0]
+    assert said not in notices()

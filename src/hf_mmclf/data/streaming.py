@@ -72,7 +72,7 @@ def open_stream(args: DataArguments, uses_image: bool, uses_text: bool, seed: in
     if "train" not in streams:
         raise ValueError(f"no training rows; the source has only {', '.join(streams)}")
     rows = streams.pop("train")
-    first = _first_rows(rows, args)
+    first = _read(rows.take(args.shuffle_buffer), args.data)
     if not first:
         raise ValueError(f"{args.data}: no training rows")
     features = rows.features or Dataset.from_list(first).features
@@ -81,17 +81,20 @@ def open_stream(args: DataArguments, uses_image: bool, uses_text: bool, seed: in
     # All batches have one delimiter, also those in which it does not occur.
     delimiter = args.label_delimiter or find_delimiter(row.get(column) for row in first)
     args = dataclasses.replace(args, label_delimiter=delimiter)
-    sources = {name: _table(list(stream), stream.features, f"{args.data}/{name}") for name, stream in streams.items()}
+    sources = {
+        name: _table(_read(stream, f"{args.data}/{name}"), stream.features, f"{args.data}/{name}")
+        for name, stream in streams.items()
+    }
     sources |= read_given_splits(args, sources)
     how = "given"
     if args.validation_rows:
         if "validation" in sources:
             raise ValueError("--validation_rows is given, but there are validation rows already; leave one out")
-        held = list(rows.take(args.validation_rows))
+        held = _read(rows.take(args.validation_rows), args.data)
         sources["validation"] = _table(held, features, f"{args.data}/train")
         # By image, not by number: workers and processes read parts of the stream, and rows share images.
         rows = rows.filter(_NotHeld(held, args.image_column))
-        first = list(rows.take(args.shuffle_buffer))
+        first = _read(rows.take(args.shuffle_buffer), args.data)
         how = f"the first {len(held):,} rows of the stream, and all rows with their images, are for validation"
         if not first:
             raise ValueError(f"--validation_rows {args.validation_rows} leaves no training rows")
@@ -110,13 +113,13 @@ def open_stream(args: DataArguments, uses_image: bool, uses_text: bool, seed: in
     return stream, dataclasses.replace(prepared, split_source=f"{how}; training rows are streamed")
 
 
-def _first_rows(rows: IterableDataset, args: DataArguments) -> list[dict[str, Any]]:
-    """Read the first rows, so that a source that cannot be read is found now."""
+def _read(rows: IterableDataset, source: str) -> list[dict[str, Any]]:
+    """Read rows now. Raises `ValueError` with the name of the source if they cannot be read."""
     try:
-        return list(rows.take(args.shuffle_buffer))
+        return list(rows)
     except (DatasetGenerationError, pa.ArrowException, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"{args.data}: cannot be read as a stream: {reason}") from error
+        raise ValueError(f"{source}: cannot be read as a stream: {reason}") from error
 
 
 def _open(source: str | None) -> dict[str, IterableDataset]:

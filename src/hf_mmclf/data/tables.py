@@ -196,7 +196,8 @@ def _excel_rows(path: Path) -> Iterator[tuple[int, dict]]:
         logger.info(f"{path.name}: the sheet {name!r} is read, {len(sheets) - 1} more are left out")
     # Rows and columns at the end with nothing but formulas without a value are not in the sheet.
     has_value = sheet.notna().reindex(index=formulas.index, columns=formulas.columns, fill_value=False)
-    empty = np.argwhere(formulas.map(lambda cell: cell.startswith("=")).to_numpy() & ~has_value.to_numpy())
+    is_formula = formulas.map(lambda cell: cell.startswith("=")).to_numpy(bool)
+    empty = np.argwhere(is_formula & ~has_value.to_numpy(bool))
     if len(empty):
         row, column = empty[0]
         name, formula = str(formulas.columns[column]), formulas.iat[row, column]

@@ -67,7 +67,7 @@ def best_threshold(
         `ValueError`: if an argument has a wrong shape or range.
     """
     scores, references = check_scores(scores, references)
-    scores = np.where(best_labels(scores, min_labels), 1.0, scores)  # which every threshold accepts
+    scores = _with_best(scores, min_labels)
     target = _Target(objective, beta, precision)
     threshold = _best_cut(scores, references, target)
     if threshold is None:
@@ -79,6 +79,13 @@ def best_threshold(
     if objective == "precision" and (best := target.value(scores >= threshold, references)) < 1:
         logger.warning(f"No threshold has a precision of {precision:.3f}: the most precise one has {best:.3f}.")
     return threshold
+
+
+def _with_best(scores: np.ndarray, min_labels: int) -> np.ndarray:
+    """Return the scores with 1.0, which every threshold accepts, for the best labels of each row."""
+    if not 0 <= min_labels <= scores.shape[1]:
+        raise ValueError(f"min_labels is {min_labels}; expected 0 to {scores.shape[1]}, the number of labels")
+    return np.where(best_labels(scores, min_labels), 1.0, scores)
 
 
 def label_thresholds(
@@ -128,7 +135,7 @@ def label_thresholds(
     if shrinkage is not None and not shrinkage >= 0:
         raise ValueError(f"shrinkage is {shrinkage}; expected a number of at least 0; 0 switches the shrinking off")
     scores, references = check_scores(scores, references)
-    scores = np.where(best_labels(scores, min_labels), 1.0, scores)  # which every threshold accepts
+    scores = _with_best(scores, min_labels)
     target = _Target(objective, beta, precision)
     if shrinkage is None:
         shrinkage = _cross_validated_shrinkage(scores, references, target)

@@ -11,7 +11,7 @@ from pathlib import Path
 import timm
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.nn import functional as F
@@ -182,14 +182,6 @@ def keep_statistics_in_backward(backbone: nn.Module, tokens: torch.Tensor) -> No
     tokens.register_hook(save)
 
 
-def _is_own(source: str) -> bool:
-    """Return whether a folder or a repository has a model of this package, of which one backbone is wanted."""
-    path = Path(source)
-    if path.exists() and not (path / "config.json").is_file():
-        return False
-    return PreTrainedConfig.get_config_dict(source)[0].get("model_type") == MMClfConfig.model_type
-
-
 def load_image_weights(backbone: nn.Module, config: MMClfConfig, weights: str | None) -> str:
     """
     Load pretrained weights into an image backbone and return their name, as a record.
@@ -201,7 +193,7 @@ def load_image_weights(backbone: nn.Module, config: MMClfConfig, weights: str | 
 
     Raises:
         `FileNotFoundError`: if there is no such file or folder.
-        `RuntimeError`: if the weights do not fit the architecture.
+        `ValueError`: if the weights do not fit the architecture.
     """
     if weights is None:
         return "scratch"
@@ -217,21 +209,33 @@ def load_image_weights(backbone: nn.Module, config: MMClfConfig, weights: str | 
             "give one of these, or 'hub', or None"
         )
     # Not strict, since the file has a classifier too. Other differences are errors below.
-    if _is_own(weights):
-        tensors = {name: tensor for name, tensor in load_file(found[0]).items() if name.startswith("image_model.")}
-        tensors = {name.removeprefix("image_model."): tensor for name, tensor in tensors.items()}
-        keys = backbone.load_state_dict(tensors, strict=False)
-    else:
-        keys = timm.models.load_checkpoint(backbone, str(found[0]), strict=False)
+    try:
+        own = _image_tensors(found[0])
+        if own:  # of a model of this package
+            keys = backbone.load_state_dict(own, strict=False)
+        else:
+            keys = timm.models.load_checkpoint(backbone, str(found[0]), strict=False)
+    except RuntimeError as error:  # of other sizes
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{found[0].name} does not fit {config.image_backbone!r}: {reason}") from error
     heads = tuple(f"{name}." for name in classifier_names(backbone))
     surplus = [key for key in keys.unexpected_keys if not key.startswith(heads)]
     if keys.missing_keys or surplus:
-        raise RuntimeError(
+        raise ValueError(
             f"{found[0].name} does not fit {config.image_backbone!r}: "
             f"{len(keys.missing_keys)} tensors of the model are not in the file {keys.missing_keys[:3]}, "
             f"{len(surplus)} tensors of the file are not in the model {surplus[:3]}"
         )
     return path.name
+
+
+def _image_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of the image backbone in a file of weights of this package; none of another file."""
+    if file.suffix != ".safetensors":
+        return {}
+    with safe_open(file, "pt") as weights:
+        names = [name for name in weights.keys() if name.startswith("image_model.")]  # noqa: SIM118
+        return {name.removeprefix("image_model."): weights.get_tensor(name) for name in names}
 
 
 # The text backbone
@@ -348,9 +352,9 @@ def load_text_weights(backbone: PreTrainedModel, name: str | None, weights: str 
         weights (`str`, *optional*): See `from_backbones` of the model.
 
     Raises:
-        `ValueError`: if the weights are those of the Hub, but `name` is `None`.
+        `ValueError`: if the weights are those of the Hub, but `name` is `None`, or if they do not fit the
+            architecture.
         `OSError`: if there is no such folder, or its weights are not safe to read.
-        `RuntimeError`: if the weights do not fit the architecture.
     """
     if weights is None:
         return "scratch"
@@ -363,7 +367,8 @@ def load_text_weights(backbone: PreTrainedModel, name: str | None, weights: str 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the other tower of CLIP would be listed tensor by tensor
     try:
-        names = {r"^text_model\.": ""} if _is_own(source) else None
+        is_own = PreTrainedConfig.get_config_dict(source)[0].get("model_type") == MMClfConfig.model_type
+        names = {r"^text_model\.": ""} if is_own else None
         kind, given = type(backbone), dict(config=backbone.config, key_mapping=names)
         donor, info = kind.from_pretrained(source, output_loading_info=True, **given)
     except pickle.UnpicklingError as error:  # raised by torch's weights-only loader
@@ -371,12 +376,15 @@ def load_text_weights(backbone: PreTrainedModel, name: str | None, weights: str 
             f"text weights {source!r}: its file is not a pickle of tensors alone, and reading anything else could run "
             "any code; name a checkpoint in safetensors"
         ) from error
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{source!r} does not fit text_config: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
     wanted = backbone.state_dict()
     missing = sorted(set(info["missing_keys"]) & set(wanted))
     if missing:
-        raise RuntimeError(
+        raise ValueError(
             f"{source!r} does not fit text_config: {len(missing)} tensors are not in it ({', '.join(missing[:3])})"
         )
     backbone.load_state_dict({name: donor.state_dict()[name] for name in wanted})

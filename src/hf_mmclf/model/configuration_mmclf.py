@@ -83,10 +83,12 @@ class MMClfConfig(PreTrainedConfig):
             Dropout probability: in the projections if they have a norm, otherwise before the classifier.
         modality_classifiers (`bool`, *optional*, defaults to `False`):
             Add a linear classifier for the image and one for the text, each with a loss of its own. The logits of a
-            row are the sum of theirs and the fusion's; without one modality, those of the other one alone.
+            row are the sum of theirs and the fusion's; without one modality, those of the other one alone. All read
+            standardised features, and training starts their biases at the frequencies of the labels.
         feature_dropout (`float`, *optional*, defaults to 0.0):
-            Standardise the features of image and text tokens, and drop out each one with this probability, text
-            features with 0.625 of it. `modality_classifiers` standardise them also if it is 0.
+            Probability that an image feature of a row is dropped out in training, the same ones in all tokens; 0.625
+            of it is that of a text feature. If it is above 0, features are standardised before, and training starts
+            the biases at the frequencies of the labels.
         learned_missing (`bool`, *optional*, defaults to `False`):
             Represent a missing image or text by a learned vector instead of zeros. Training turns this on if a
             training row lacks one of them.

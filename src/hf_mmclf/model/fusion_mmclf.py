@@ -202,37 +202,54 @@ class FeatureNorm(nn.Module):
     Standardise the features of tokens and, in training, drop out the same ones in all tokens of a row.
 
     The scales of backbones differ, and frozen backbones have many more features than a few thousand rows can tell
-    apart. A standardised feature that is dropped out is replaced by its mean.
+    apart. A standardised feature that is dropped out is replaced by its mean, 0.
+
+    As in BatchNorm, the statistics are those of the batch in training, and moving averages of them in evaluation; a
+    batch with one row is standardised by the moving averages. Unlike in BatchNorm, only tokens that count are counted.
 
     Args:
         width (`int`): Size of the tokens.
         dropout (`float`): Probability that a feature of a row is dropped out.
     """
 
+    momentum = 0.1
+    eps = 1e-5
+
     def __init__(self, width: int, dropout: float):
         super().__init__()
-        self.norm = RowBatchNorm(width, affine=False)
         self.dropout = nn.Dropout1d(dropout)
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
 
-    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """
-        Standardise by the statistics of the tokens that count, in training those of the batch.
+        Standardise tokens.
 
         Args:
             tokens (`torch.Tensor` of shape `(batch, tokens, width)`): The tokens.
-            mask (`torch.Tensor` of shape `(batch, tokens)`): Which tokens count; the others become zeros.
+            mask (`torch.Tensor` of shape `(batch, tokens)`): Which tokens count.
+
+        Returns:
+            `torch.Tensor` of the shape and type of `tokens`: Zeros where a token does not count.
         """
-        if not self.training:
-            return torch.where(mask.unsqueeze(-1), self.norm(tokens.transpose(1, 2)).transpose(1, 2), 0), mask
-        result = torch.zeros_like(tokens)
-        if mask.any():
-            result[mask] = self.norm(tokens[mask]).to(result.dtype)
-        return self.dropout(result.transpose(1, 2)).transpose(1, 2), mask
+        counts = mask.unsqueeze(-1)
+        values = torch.where(counts, tokens, 0).float()  # not multiplication: zero times NaN is NaN
+        mean, variance = self.running_mean.float(), self.running_var.float()
+        if self.training:
+            count = counts.sum().clamp(min=1)
+            own = values.sum((0, 1)) / count
+            spread = torch.where(counts, (values - own).square(), 0).sum((0, 1)) / count
+            several = mask.any(1).sum() > 1  # one row has no spread
+            mean, variance = torch.where(several, own, mean), torch.where(several, spread, variance)
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(variance.detach().to(self.running_var.dtype), self.momentum)
+        standard = torch.where(counts, (values - mean) * (variance + self.eps).rsqrt(), 0)
+        return self.dropout(standard.transpose(1, 2)).transpose(1, 2).to(tokens.dtype)
 
 
 def feature_norms(config: MMClfConfig, widths: dict[str, int]) -> nn.ModuleDict | None:
     """Return a [`FeatureNorm`] for each modality, given the size of its tokens, if the configuration asks for them."""
-    if not (config.modality_classifiers or config.feature_dropout):
+    if not (config.feature_dropout or (config.modality_classifiers and len(widths) == 2)):
         return None
     rates = {"image": config.feature_dropout, "text": 0.625 * config.feature_dropout}  # texts have fewer features
     return nn.ModuleDict({name: FeatureNorm(size, rates[name]) for name, size in widths.items()})

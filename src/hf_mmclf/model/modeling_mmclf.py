@@ -309,8 +309,8 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
         """Return the logits, in training those of each modality too, and the fused vectors."""
         both = self.config.has_image and self.config.has_text
         if self.feature_norms is not None:
-            image = None if image is None else self.feature_norms["image"](*image)
-            text = None if text is None else self.feature_norms["text"](*text)
+            image = None if image is None else (self.feature_norms["image"](*image), image[1])
+            text = None if text is None else (self.feature_norms["text"](*text), text[1])
         own = None if self.modality_classifiers is None else self.modality_classifiers(image, text)
         if both:
             image = self.missing_image.blank(text[0]) if image is None else image
@@ -376,8 +376,9 @@ class MMClfForImageTextClassification(MMClfPreTrainedModel):
     @torch.no_grad()
     def init_biases(self, frequencies: torch.Tensor) -> None:
         """
-        Set the biases so that the first scores are the frequencies of the labels (Lin et al. 2017, "Focal Loss for
-        Dense Object Detection"). AdamW needs thousands of steps from 0 to the logits of rare labels.
+        Set the biases so that the first scores are the frequencies of the labels, between 0.001 and 0.999 (Lin et al.
+        2017, "Focal Loss for Dense Object Detection"). At the rates of heads, AdamW takes thousands of steps from 0 to
+        the logits of rare labels.
 
         Args:
             frequencies (`torch.Tensor` of shape `(num_labels,)`): Share of the training rows with each label.

@@ -95,7 +95,7 @@ class MMClfPreTrainedModel(PreTrainedModel):
                 for random ones.
 
         Raises:
-            `OSError`, `RuntimeError`: if weights are not there or do not fit the architecture.
+            `OSError`, `ValueError`: if weights are not there or do not fit the architecture.
         """
         config.image_weights = config.text_weights = None
         model = cls(config)

@@ -117,7 +117,7 @@ def prepare_inputs(
         tokenizer, source = build_tokenizer(model_args, config, train_rows)
     settle_labels(config, prepared, train_rows, model_args.min_labels)
     missing = settle_missing(config, prepared, train_rows)
-    model = finished.start(config) if finished else build_model(config, model_args, tokenizer, train_rows)
+    model = finished.start(config) if finished else build_model(config, model_args, tokenizer, prepared)
     processor = finished.processor if finished else build_processor(model, model_args, tokenizer)
     for part, weights in (("image", config.image_weights), ("text", config.text_weights)):
         if weights:
@@ -221,7 +221,9 @@ def _read_text_config(source: str) -> dict[str, Any]:
     check_reachable(source)
     try:
         config = AutoConfig.from_pretrained(source)
-        config = getattr(config, "text_config", config)  # of CLIP, SigLIP and their relatives
+        config = getattr(config, "text_config", config)  # of CLIP, SigLIP, their relatives and finished models
+        if config is None:
+            raise ValueError(f"{source}: a model without a text backbone")
         text_encoder(config)  # raises its error before rows are read
         return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
     except ValueError:  # TinyBERT, BERT-tiny and other BERTs are older than the key model_type
@@ -273,7 +275,7 @@ def settle_labels(
         prepared ([`PreparedData`]):
             The labels.
         train_rows (`Dataset`):
-            The training rows. The first rows of a stream say nothing of the others.
+            The training rows. If they are the first rows of a stream, `min_labels` stays 0.
         min_labels (`int`, *optional*):
             The value that the user gave; the configuration has it already.
 
@@ -328,7 +330,7 @@ def settle_missing(config: MMClfConfig, prepared: PreparedData, train_rows: Data
 
 
 def build_model(
-    config: MMClfConfig, args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None, rows: Dataset
+    config: MMClfConfig, args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None, prepared: PreparedData
 ) -> MMClfForImageTextClassification:
     """
     Build the model and load the weights of its backbones. If it standardises features, set its biases by the labels.
@@ -340,8 +342,8 @@ def build_model(
             The weights.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             The tokenizer, if the model has a text backbone.
-        rows (`Dataset`):
-            The training rows.
+        prepared ([`PreparedData`]):
+            The rows. Those of a stream are not known, so its biases start at 0.
 
     Raises:
         `ValueError`: If the tokenizer has more tokens than the pretrained text backbone.
@@ -363,9 +365,11 @@ def build_model(
                 f"{config.text_config.vocab_size:,}, so its numbers mean other words; leave --tokenizer out"
             )
     model = MMClfForImageTextClassification.from_backbones(config, weights["image"], weights["text"])
-    if model.feature_norms is not None:
-        references = torch.from_numpy(references_of(rows))
-        model.init_biases((references == 1).sum(0) / (references >= 0).sum(0).clamp(min=1))
+    if model.feature_norms is not None and "train" in prepared.splits:
+        references = torch.from_numpy(references_of(prepared.splits["train"]))
+        positives, known = (references == 1).sum(0), (references >= 0).sum(0)
+        model.init_biases(torch.where(known > 0, positives / known.clamp(min=1), 0.5))
+        logger.info("  the biases of the classifiers start at the frequencies of the labels")
     return model
 
 

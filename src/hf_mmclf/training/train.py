@@ -159,7 +159,7 @@ def build_trainer(
         config = build_config(dataclasses.replace(model_args, **drawn))
         settle_labels(config, inputs.prepared, inputs.train_rows, model_args.min_labels)
         settle_missing(config, inputs.prepared, inputs.train_rows)
-        return build_model(config, model_args, tokenizer, inputs.train_rows)
+        return build_model(config, model_args, tokenizer, inputs.prepared)
 
     return MMClfTrainer(model_init=model_init, **_trainer_options(inputs, augmentation, args))
 
