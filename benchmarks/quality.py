@@ -182,12 +182,15 @@ def competition(options: argparse.Namespace) -> list[dict]:
     common = dict(image_dir=str(images), label_names_file=str(COMPETITION.parent / "labels.json"))
     features = frozen_features([*backbones, "--preset", "late-lite"], DataArguments(data=str(table), **common))
     runs: dict[str, list[dict]] = {}
-    if any(TEXTS in flags for flags, _ in chosen.values()) and not (options.weights / "texts").is_dir():
+    if (
+        any(TEXTS in flags for flags, _ in chosen.values())
+        and not (options.weights / "texts" / "config.json").is_file()
+    ):
         train_texts(options.weights / "texts", [*backbones, "--label_names_file", common["label_names_file"]])
     for seed in range(options.seeds):
         splits = prepare_data(DataArguments(data=str(table), split_seed=seed, **common)).splits
         if options.rows:
-            splits["train"] = splits["train"].shuffle(seed).select(range(options.rows))
+            splits["train"] = splits["train"].shuffle(seed).take(options.rows)
         for name, scored in logistic_regressions(splits, features).items():
             runs.setdefault(name, []).append(scored)
         for name, (flags, has_more) in chosen.items():
@@ -196,7 +199,7 @@ def competition(options: argparse.Namespace) -> list[dict]:
                 data = DataArguments(data=scratch, **common)
                 given = ["--data", scratch, "--image_dir", common["image_dir"], "--label_names_file"]
                 given += [common["label_names_file"], "--seed", str(seed), "--no_ablations", *backbones]
-                given += flags.format(weights=options.weights).split()
+                given += [flag.format(weights=options.weights) for flag in flags.split()]
                 runs.setdefault(name, []).append(trained(given, data, (without("text"), without("image"))))
                 print(format_table(competition_lines({name: runs[name][-1:]}), markdown=True), flush=True)
     return competition_lines(runs)

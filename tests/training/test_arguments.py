@@ -24,10 +24,10 @@ def test_dataclasses_work_from_python(tmp_path):
         (dict(threshold_objective="precision", threshold_beta=2.0), "--threshold_beta has no effect"),
         (dict(do_predict=True), "--do_predict has no effect"),
         (dict(prediction_loss_only=True), "--prediction_loss_only has no effect"),
-        (dict(hub_model_id="a/b"), "--hub_model_id has no effect, because hf-mmclf push uploads"),
-        (dict(eval_strategy="epoch", eval_steps=5), "--eval_steps has no effect, because --eval_strategy is epoch"),
-        (dict(save_strategy="epoch", save_steps=5), "--save_steps has no effect, because no strategy is steps"),
-        (dict(report_to="clearml"), "report_to is 'clearml', which is not installed"),
+        (dict(hub_model_id="a/b"), "--hub_model_id has no effect, because training uploads nothing"),
+        (dict(hub_token="x"), "--hub_token has no effect, because training uploads nothing"),
+        (dict(report_to="clearml"), "report_to is clearml, which transformers does not find; installed are: "),
+        (dict(report_to=["none", "tensorbord"]), "report_to is tensorbord, which transformers does not find"),
         (dict(metric_for_best_model="f2"), "metric_for_best_model is 'f2'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -134,6 +134,16 @@ def test_what_yaml_gets_wrong_is_said(text, message, write_yaml, capsys):
         (["--remove_unused_columns", "true"], "remove_unused_columns must be off"),
         (["--metric_for_best_model", "f2"], "metric_for_best_model is 'f2'; expected one of f1, "),
         (["--eval_strategy", "steps"], "save and eval strategy to match"),
+        (["--eval_steps", "5"], "--eval_steps has no effect, because --eval_strategy is epoch"),
+        (["--save_steps=5"], "--save_steps has no effect, because no strategy reads it"),
+        (
+            ["--eval_strategy", "steps", "--eval_steps=5", "--save_strategy=best", "--save-steps", "7"],
+            "--save_steps has no effect, because no strategy reads it",
+        ),
+        (
+            ["--logging_strategy", "epoch", "--logging_steps", "0.1"],
+            "--logging_steps has no effect, because --logging_strategy is epoch",
+        ),
         (["--license", "My own"], "license is 'My own'; expected an identifier of the Hub such as mit"),
         (["--license", "Apache-2.0"], "such as mit, apache-2.0"),
         (["--push_to_hub"], "after training run: hf-mmclf push OUTPUT user/name"),

@@ -15,8 +15,7 @@ from ..data.arguments import DataArguments, changed_fields, refuse_idle
 from ..data.augmentation import AugmentationArguments
 from ..model.configuration_mmclf import MMClfConfig
 
-# A stream has no epochs; these values of `eval_steps` and `save_steps` are shares of all steps.
-OF_STREAMS = dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.1, save_steps=0.1)
+OF_UPLOADS = ("hub_model_id", "hub_private_repo", "hub_strategy", "hub_token", "hub_always_push", "hub_revision")
 ARCHITECTURE = [field for field in dataclasses.fields(MMClfConfig) if field.metadata.get("flag")]
 
 
@@ -235,9 +234,10 @@ class MMClfTrainingArguments(TrainingArguments):
         self._check()
         super().__post_init__()
         installed = get_available_reporting_integrations()
-        for name in filter(None, self.report_to):
-            if name not in installed:
-                raise ValueError(f"report_to is {name!r}, which is not installed; there is {installed or 'none'}")
+        # There is no check of flyte in transformers.
+        if missing := set(filter(None, self.report_to)) - {"none", "all", "flyte", *installed}:
+            known = f"installed are: {', '.join(installed) or 'none'}"
+            raise ValueError(f"report_to is {', '.join(sorted(missing))}, which transformers does not find; {known}")
         if self.dataloader_num_workers == 0:
             self.dataloader_persistent_workers = False  # torch refuses persistent workers without workers
 
@@ -268,12 +268,11 @@ class MMClfTrainingArguments(TrainingArguments):
             (self.label_thresholds, ["threshold_shrinkage"], "--label_thresholds is not given"),
             (aims_at_precision, ["threshold_precision"], "--threshold_objective is not precision"),
             (not aims_at_precision, ["threshold_beta"], "--threshold_objective precision has no beta"),
-            (self.eval_strategy == "steps", ["eval_steps"], f"--eval_strategy is {self.eval_strategy}"),
-            ("steps" in (self.eval_strategy, self.save_strategy), ["save_steps"], "no strategy is steps"),
-            (False, ["do_predict", "prediction_loss_only", "label_names"], "the reports say what is scored"),
-            (False, ["hub_model_id", "hub_private_repo", "hub_strategy"], "hf-mmclf push uploads, not training"),
+            (False, ["do_predict", "prediction_loss_only"], "validation and test rows are always scored and reported"),
+            (False, ["label_names"], "the labels are those of the table"),
+            (False, OF_UPLOADS, "training uploads nothing; run hf-mmclf push after it"),
         ]
-        refuse_idle(changed_fields(self, OF_STREAMS), rules)
+        refuse_idle(changed_fields(self), rules)
 
     @property
     def counts_labels(self) -> bool:

@@ -19,11 +19,11 @@ from transformers.utils import logging
 
 from hf_mmclf_cli import Documented, argument_entry, check_unknown, did_you_mean, documentation, entry, fill
 
-from ..data.arguments import DataArguments
+from ..data.arguments import DataArguments, refuse_idle
 from ..data.augmentation import AugmentationArguments
 from ..inference.predictor import machine_defaults
 from ..presets import PRESETS, get_preset
-from .arguments import OF_STREAMS, Arguments, MMClfTrainingArguments, ModelArguments
+from .arguments import Arguments, MMClfTrainingArguments, ModelArguments
 from .inputs import check_arguments
 
 logger = logging.get_logger(__name__)
@@ -158,7 +158,7 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) 
         preset, recipe = _recipe(early.preset, early.data, early.init_from)
         defaults = {**machine_defaults(), **recipe, "preset": preset}
         if early.streaming:
-            defaults |= OF_STREAMS
+            defaults |= dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.1, save_steps=0.1)
         parser.set_defaults(**defaults | {name: None for name, value in values.items() if value is None})
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -169,9 +169,22 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) 
     *arguments, _ = parser.parse(argv)
     try:
         check_arguments(arguments[-1])
+        given = {flag[2:].split("=")[0].replace("-", "_") for flag in argv if flag.startswith("--")}
+        _check_steps(arguments[-1], given)
     except ValueError as error:
         parser.error(str(error))
     return tuple(arguments)
+
+
+def _check_steps(args: MMClfTrainingArguments, given: set[str]) -> None:
+    """Refuse numbers of steps that are given beside a strategy that does not count steps."""
+    evaluates, saves = args.eval_strategy == "steps", args.save_strategy == "steps"
+    rules = [
+        (evaluates, ["eval_steps"], f"--eval_strategy is {args.eval_strategy.value}"),
+        (saves or (evaluates and "eval_steps" not in given), ["save_steps"], "no strategy reads it"),
+        (args.logging_strategy == "steps", ["logging_steps"], f"--logging_strategy is {args.logging_strategy.value}"),
+    ]
+    refuse_idle(given, rules)
 
 
 def _recipe(preset: str | None, data: str | None, init_from: str | None) -> tuple[str, dict[str, Any]]:
