@@ -104,6 +104,15 @@ COMMANDS = {
             "--overwrite": OVERWRITE,
         },
     ),
+    "gallery": Command(
+        "Write one HTML page with the figures of each label, its most confident mistakes with image and text, rows "
+        "whose labels look wrong, and confused labels. The page needs no network. The rows are those of evaluate.",
+        {
+            "folder": FOLDER,
+            "--output": dict(default="gallery.html", help="File for the page (.html)."),
+            "--overwrite": OVERWRITE,
+        },
+    ),
     "push": Command(
         "Upload a model to the Hub as one commit. After a broken connection, run the same command again to continue. "
         "The token is that of `hf auth login` or of the environment variable HF_TOKEN.",

@@ -90,7 +90,7 @@ class TestMain:
         text = capsys.readouterr().out
         assert caught.value.code == 0 and text.startswith(f"usage: hf-mmclf {command}")
         assert "--validation_fraction" not in text or command == "train"
-        if command in ("evaluate", "compare", "predict", "embed"):
+        if command in ("evaluate", "compare", "predict", "embed", "gallery"):
             words, folders = " ".join(text.split()), "A B" if command == "compare" else "FOLDER"
             assert (
                 f"hf-mmclf {command} {folders} [--argument" in words
@@ -124,6 +124,7 @@ class TestMain:
             (["embed", "none"], "expected --data, the table whose rows are embedded"),
             (["embed", "none", "--data", "x.csv", "--output", "v.csv"], "v.csv: expected a name that ends in .npy"),
             (["embed", "none", "--data", "x.csv", "--test_data", "y.csv"], "--test_data has no effect, because embed"),
+            (["gallery", "none", "--output", "g.txt"], "g.txt: expected a name that ends in .html"),
             (["presets", "--all"], "unknown argument '--all'"),
         ],
     )

@@ -47,7 +47,7 @@ def run(name: str, argv: Sequence[str]) -> None:
     Raises:
         `SystemExit`: after an error message of one line.
     """
-    functions = (_train, _evaluate, _compare, _predict, _embed, _push, _export, _presets, _cache)
+    functions = (_train, _evaluate, _compare, _predict, _embed, _gallery, _push, _export, _presets, _cache)
     commands = {function.__name__[1:]: function for function in functions}
     try:
         commands[name](argv)
@@ -168,6 +168,24 @@ def _embed(argv: Sequence[str]) -> None:
     if _is_main_process():
         write_vectors(own.output, vectors)
         print(f"{len(rows):,} rows of {name}, {vectors.shape[1]:,} numbers each: {own.output}")
+
+
+def _gallery(argv: Sequence[str]) -> None:
+    """Write the gallery of mistakes on labelled rows."""
+    options, data, own = _parse("gallery", argv)
+    from . import Predictor
+    from .hub.gallery import render_gallery
+    from .inference.predictions import atomic_file, check_output
+
+    check_output(own.output, (".html",), own.overwrite, _tables(data), [own.folder])
+    predictor = Predictor.load(own.folder)
+    name, rows, folder = _rows(predictor, data, options.split)
+    scores = predictor.scores(rows, folder, options.batch_size)
+    if _is_main_process():
+        page = render_gallery(predictor, rows, folder, scores)
+        with atomic_file(own.output) as file:
+            file.write(page)
+        print(f"{len(rows):,} rows of {name}: {own.output}")
 
 
 def _push(argv: Sequence[str]) -> None:
