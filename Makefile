@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 COMMON := $(abspath $(VENV)/transformers)
 
-.PHONY: demo test test-common lint bench clean
+.PHONY: demo test test-common lint bench release-check clean
 
 demo: $(INSTALLED)  ## train on the embedded data set
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/train.py
@@ -34,6 +34,15 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)  ## image-only, text-only and fused on the embedded data set
 	$(BIN)/python benchmarks/modalities.py
+
+release-check: $(INSTALLED)  ## build, install the wheel alone in a fresh environment, train, evaluate and predict there
+	rm -rf build dist $(VENV)/release
+	$(BIN)/python -m pip install build
+	$(BIN)/python -m build
+	$(PYTHON) -m venv $(VENV)/release
+	$(VENV)/release/bin/python -m pip install dist/*.whl
+	cd $(VENV)/release && bin/hf-mmclf train --preset demo-text --demo_rows 300 --num_train_epochs 1 --output_dir model
+	cd $(VENV)/release && bin/hf-mmclf evaluate model --demo_rows 300 && bin/hf-mmclf predict model --texts "a red ball"
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed") if sys.version_info < (3, 10) else None'
