@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import doctest
 import json
+import os
 import socket
 import tempfile
 from pathlib import Path
@@ -117,6 +118,18 @@ def test_reports_of_a_run_in_half_precision_are_those_of_its_users(table, tmp_pa
     recorded = json.loads((output / "metrics.json").read_text())
     assert json.loads((output / "training.json").read_text())["recipe"]["precision"] == "bf16"
     assert evaluate(output, table, "test")["fitted"] == pytest.approx(recorded["test"]["fitted"], abs=1e-6)
+
+
+def test_logs_of_tensorboard_stay(table, tmp_path, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    output = run(table, tmp_path / "m", "--report_to", "tensorboard", "--max_steps", "2", "--no_ablations")
+    [events] = (output / "logs").iterdir()
+    assert events.name.startswith("events.") and b"eval/f1" in events.read_bytes()
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ and not (output / "checkpoints").exists()
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
+    output = run(table, tmp_path / "n", "--report_to", "tensorboard", "--max_steps", "2", "--no_ablations")
+    assert list((tmp_path / "elsewhere").iterdir()) and not (output / "logs").exists()
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "elsewhere")
 
 
 def missing_thresholds_of(output, table, objective, beta):

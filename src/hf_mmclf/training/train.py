@@ -1,7 +1,9 @@
 """Training: arguments in, one folder with a trained model, its thresholds and its reports out."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +175,8 @@ def _fit(
         options |= _streamed(inputs, augmentation, args, checkpoint)
     if args.cache_features:
         options |= _cached(inputs, augmentation, args, checkpoint)
-    trainer = MMClfTrainer(model=inputs.model, **options)
+    with _logs_in(Path(args.output_dir).parent / "logs"):
+        trainer = MMClfTrainer(model=inputs.model, **options)
     if args.early_stopping_patience and args.load_best_model_at_end:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     elif args.early_stopping_patience:
@@ -228,6 +231,20 @@ def _cached(
     rows = cache.compute(wanted)
     options = {"train_dataset": rows["train"], "eval_dataset": rows["validation"]}
     return {**options, "data_collator": cache.cached_collator}
+
+
+@contextmanager
+def _logs_in(folder: Path) -> Iterator[None]:
+    """Let TensorBoard write to a folder that stays; transformers would write to that of the checkpoints."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    given = os.environ.get(name)
+    os.environ[name] = given or str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if given is not None:
+            os.environ[name] = given
 
 
 def _criterion(args: MMClfTrainingArguments, rows: Dataset) -> MultiLabelLoss:
