@@ -42,6 +42,8 @@ model-index:
 SENT = {
     *(
         "README.md",
+        "handler.py",
+        "requirements.txt",
         "config.json",
         "model.safetensors",
         "f1_by_label.png",

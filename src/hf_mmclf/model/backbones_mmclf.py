@@ -6,6 +6,7 @@ This file is pushed to the Hub as code: it imports only third-party packages and
 import inspect
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import timm
@@ -182,6 +183,16 @@ def keep_statistics_in_backward(backbone: nn.Module, tokens: torch.Tensor) -> No
     tokens.register_hook(save)
 
 
+@contextmanager
+def _misfits_named(source: str, target: str) -> Iterator[None]:
+    """Raise `ValueError` in one line, in place of the errors of torch for weights that it cannot load."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{source} cannot be loaded into {target!r}: {reason}") from error
+
+
 def load_image_weights(backbone: nn.Module, config: MMClfConfig, weights: str | None) -> str:
     """
     Load pretrained weights into an image backbone and return their name, as a record.
@@ -198,7 +209,8 @@ def load_image_weights(backbone: nn.Module, config: MMClfConfig, weights: str | 
     if weights is None:
         return "scratch"
     if weights == "hub":
-        backbone.load_state_dict(create_image_backbone(config, pretrained=True).state_dict())
+        with _misfits_named(config.image_backbone, config.image_backbone):
+            backbone.load_state_dict(create_image_backbone(config, pretrained=True).state_dict())
         return config.image_backbone
     path = Path(weights)
     candidates = [path / "model.safetensors", path / "pytorch_model.bin"] if path.is_dir() else [path]
@@ -209,15 +221,11 @@ def load_image_weights(backbone: nn.Module, config: MMClfConfig, weights: str | 
             "give one of these, or 'hub', or None"
         )
     # Not strict, since the file has a classifier too. Other differences are errors below.
-    try:
-        own = _image_tensors(found[0])
-        if own:  # of a model of this package
+    with _misfits_named(found[0].name, config.image_backbone):
+        if own := _image_tensors(found[0]):  # of a model of this package
             keys = backbone.load_state_dict(own, strict=False)
         else:
             keys = timm.models.load_checkpoint(backbone, str(found[0]), strict=False)
-    except RuntimeError as error:  # of other sizes
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{found[0].name} does not fit {config.image_backbone!r}: {reason}") from error
     heads = tuple(f"{name}." for name in classifier_names(backbone))
     surplus = [key for key in keys.unexpected_keys if not key.startswith(heads)]
     if keys.missing_keys or surplus:
@@ -370,15 +378,13 @@ def load_text_weights(backbone: PreTrainedModel, name: str | None, weights: str 
         is_own = PreTrainedConfig.get_config_dict(source)[0].get("model_type") == MMClfConfig.model_type
         names = {r"^text_model\.": ""} if is_own else None
         kind, given = type(backbone), dict(config=backbone.config, key_mapping=names)
-        donor, info = kind.from_pretrained(source, output_loading_info=True, **given)
+        with _misfits_named(source, "text_config"):
+            donor, info = kind.from_pretrained(source, output_loading_info=True, **given)
     except pickle.UnpicklingError as error:  # raised by torch's weights-only loader
         raise OSError(
             f"text weights {source!r}: its file is not a pickle of tensors alone, and reading anything else could run "
             "any code; name a checkpoint in safetensors"
         ) from error
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{source!r} does not fit text_config: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
     wanted = backbone.state_dict()

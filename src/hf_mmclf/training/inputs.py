@@ -383,12 +383,9 @@ def build_processor(
     truncated to the length that both the arguments and the model allow.
 
     Args:
-        model ([`MMClfForImageTextClassification`]):
-            The model.
-        args ([`ModelArguments`]):
-            The image size and the length of texts.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            The tokenizer, if the model has a text backbone. Its `model_max_length` is changed.
+        model ([`MMClfForImageTextClassification`]): The model.
+        args ([`ModelArguments`]): The image size and the length of texts.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The tokenizer, whose `model_max_length` is changed.
     """
     image_processor = None
     if model.config.has_image:
