@@ -105,8 +105,8 @@ COMMANDS = {
         },
     ),
     "gallery": Command(
-        "Write one HTML page with the figures of each label, its most confident mistakes with image and text, rows "
-        "whose labels look wrong, and confused labels. The page needs no network. The rows are those of evaluate.",
+        "Write one HTML page with the figures of each label, its most confident mistakes with image and text, labels "
+        "that look wrong, and confused labels. The page needs no network. The rows are those of evaluate.",
         {
             "folder": FOLDER,
             "--output": dict(default="gallery.html", help="File for the page (.html)."),

@@ -27,9 +27,10 @@ def test_wrong_labels_are_among_the_first_suspects(noisy):
     scores, references, flipped = noisy
     ranked = suspects(scores, references)
     assert len(ranked) == len(set(ranked)) == gallery.SUSPECTS
-    assert flipped[ranked[:50]].any(1).mean() > 0.9 > 3 * flipped.any(1).mean()
-    references[ranked[0], 2] = -1  # a row with an unknown label has no rank
-    assert suspects(scores, references)[:5] == ranked[1:6]
+    assert np.mean([flipped[place] for place in ranked]) > 0.9 > 20 * flipped.mean()
+    row, label = ranked[0]
+    references[row, label - 1] = -1  # a row with an unknown label has no rank
+    assert row not in {place[0] for place in suspects(scores, references)}
     assert suspects(scores, np.full_like(references, -1)) == []
 
 
@@ -76,7 +77,7 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(kind, tmp_path, monkeyp
     data = json.loads(re.search(r"const curves = (.*);", page)[1])
     assert len(data["micro"]) == 99 and len(data["labels"][0]) == 3
     cards = len(re.findall('<div class="card">', page))
-    assert cards == len(rows) + 3 * len(rows)  # suspects, and all decisions of three labels
+    assert cards == 2 * 3 * len(rows)  # all decisions of three labels are mistakes, and suspects
     monkeypatch.setattr(gallery, "find_spec", lambda name: None)
     assert "<code>pip install 'hf_mmclf[gallery]'</code>" in render_gallery(predictor, rows, prepared.folder, scores)
 

@@ -22,7 +22,7 @@ from ..model.configuration_mmclf import best_labels
 TEMPLATE = Path(__file__).with_name("gallery_template.html")
 CARDS = 2_000  # rows shown as mistakes, of all labels together
 MISTAKES = 8  # of one kind and one label at most
-SUSPECTS = 100  # rows whose labels look wrong
+SUSPECTS = 100  # given labels that look wrong
 PAIRS = 30
 EDGE = 96  # pixels of the short edge of a thumbnail
 CUTS = np.round(np.arange(1, 100) / 100, 2)  # of the slider
@@ -49,10 +49,11 @@ def render_gallery(predictor: Predictor, rows: Dataset, folder: Path, scores: np
     many = max(1, min(MISTAKES, CARDS // (2 * len(names))))
     false_positives, false_negatives = mistakes(scores, predicted, references, many)
     ranked = suspects(scores, references)
-    shown = sorted({row for found in (*false_positives, *false_negatives) for row in found} | {*(ranked or ())})
+    shown = {row for found in (*false_positives, *false_negatives) for row in found}
+    shown |= {row for row, _ in ranked or ()}
     texts, where = rows["text"][:], rows["where"][:]
     cards = {}
-    for row in tqdm(shown, desc="thumbnails", leave=False):
+    for row in tqdm(sorted(shown), desc="thumbnails", leave=False):
         cards[row] = {
             "image": _thumbnail(rows[row]["image"], folder, where[row]) if config.has_image else None,
             "text": texts[row] if config.has_text else None,
@@ -107,27 +108,29 @@ def mistakes(
     return found
 
 
-def suspects(scores: np.ndarray, references: np.ndarray) -> list[int] | None:
+def suspects(scores: np.ndarray, references: np.ndarray) -> list[tuple[int, int]] | None:
     """
-    Rank rows whose given labels look wrong, by confident learning (Northcutt et al. 2021) as cleanlab does it.
+    Rank the given labels that look wrong, by confident learning (Northcutt et al. 2021) as cleanlab does it.
 
     Args:
         scores, references (`np.ndarray` of shape `(rows, labels)`): Probabilities and multi-hot labels, -1 for
             unknown. Rows with an unknown label are left out.
 
     Returns:
-        `list[int]`: The most suspicious rows, the worst first; `None` if cleanlab is not installed.
+        `list[tuple[int, int]]`: The most suspicious decisions as row and label, the worst first; `None` if cleanlab is
+        not installed.
     """
     if find_spec("cleanlab") is None:
         return None
-    from cleanlab.multilabel_classification import get_label_quality_scores
+    from cleanlab.multilabel_classification.rank import get_label_quality_scores_per_class
 
     known = np.flatnonzero((references >= 0).all(1))
     if not len(known):
         return []
     given = [np.flatnonzero(row).tolist() for row in references[known] == 1]
-    quality = get_label_quality_scores(given, scores[known].astype(np.float64))
-    return known[np.argsort(quality, kind="stable")][:SUSPECTS].tolist()
+    quality = get_label_quality_scores_per_class(given, scores[known].astype(np.float64))
+    rows, labels = np.unravel_index(np.argsort(quality, axis=None, kind="stable")[:SUSPECTS], quality.shape)
+    return list(zip(known[rows].tolist(), labels.tolist(), strict=True))
 
 
 def confusions(predicted: np.ndarray, references: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
