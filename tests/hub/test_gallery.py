@@ -78,6 +78,10 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(kind, tmp_path, monkeyp
     assert len(data["micro"]) == 99 and len(data["labels"][0]) == 3
     cards = len(re.findall('<div class="card">', page))
     assert cards == 2 * 3 * len(rows)  # all decisions of three labels are mistakes, and suspects
+    assert "with an unknown label" not in page
+    unknown = rows.map(lambda row: {"labels": [-1, *row["labels"][1:]]}, load_from_cache_file=False)
+    page = render_gallery(predictor, unknown, prepared.folder, scores)
+    assert f"{len(rows)} rows with an unknown label are left out." in page
     monkeypatch.setattr(gallery, "find_spec", lambda name: None)
     assert "<code>pip install 'hf_mmclf[gallery]'</code>" in render_gallery(predictor, rows, prepared.folder, scores)
 

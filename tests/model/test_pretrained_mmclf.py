@@ -159,3 +159,12 @@ def test_backbones_of_a_finished_model_start_another_one(kind, tiny_config, tmp_
             fields = {f"{part}_weights": str(tmp_path) if part == name else None for part in ("image", "text")}
             with pytest.raises(ValueError, match="does not fit"):
                 MMClfForImageTextClassification.from_backbones(tiny_config(), **fields)
+
+
+def test_text_weights_need_no_configuration(tiny_config, tmp_path):
+    tower = MMClfForImageTextClassification(tiny_config("text")).text_model
+    tower.save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    model = MMClfForImageTextClassification.from_backbones(tiny_config("text"), text_weights=str(tmp_path))
+    state = model.text_model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in tower.state_dict().items())

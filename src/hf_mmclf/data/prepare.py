@@ -75,8 +75,8 @@ def prepare_data(
             unlabelled.
         with_labels (`bool`, *optional*, defaults to `True`): Whether to read labels; prediction does not need them.
         sources (`dict[str, Dataset]`, *optional*): Tables by split, in place of those that `args` name.
-        is_batch (`bool`, *optional*, defaults to `False`): Whether the rows are a batch of a stream, of which nothing
-            is said.
+        is_batch (`bool`, *optional*, defaults to `False`): Whether the rows are a batch of a stream, for which no
+            notices are logged.
 
     Returns:
         [`PreparedData`]: The rows of all splits in one form.

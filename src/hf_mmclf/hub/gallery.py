@@ -78,6 +78,7 @@ def render_gallery(predictor: Predictor, rows: Dataset, folder: Path, scores: np
         cards=cards,
         many=many,
         suspects=ranked,
+        unknown=int((references < 0).any(1).sum()),
         confusions=confusions(predicted, references, names),
         reads=config,
         curves=curves(scores, references, config.min_labels),

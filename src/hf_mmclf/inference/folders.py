@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -17,9 +17,8 @@ from ..model.pipeline_mmclf import TASK, ImageTextClassificationPipeline
 from ..model.processing_mmclf import MMClfProcessor
 from .quiet import no_progress_bars
 
-# Packages that a folder needs where this package is not installed, with the versions that this package asks for.
+# Packages that a folder needs where this package is not installed.
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "pillow")
-REQUIREMENTS = [line for line in requires("hf_mmclf") if re.split(r"\W", line)[0] in PACKAGES]
 
 
 @contextmanager
@@ -99,4 +98,12 @@ def save_model(model: MMClfForImageTextClassification, processor: MMClfProcessor
     with no_progress_bars():
         pipe.save_pretrained(folder)
     shutil.copyfile(handler.__file__, Path(folder, "handler.py"))
-    Path(folder, "requirements.txt").write_text("".join(f"{line}\n" for line in REQUIREMENTS), encoding="utf-8")
+    Path(folder, "requirements.txt").write_text("".join(f"{line}\n" for line in _requirements()), encoding="utf-8")
+
+
+def _requirements() -> list[str]:
+    """Return `PACKAGES` with the versions that this package asks for, which it knows if it is installed."""
+    try:
+        return [line for line in requires("hf_mmclf") if re.split(r"\W", line)[0] in PACKAGES]
+    except PackageNotFoundError:  # its source lies in the path
+        return list(PACKAGES)

@@ -187,8 +187,8 @@ class Predictor:
             split_of = {line["row"]: line["split"] for line in recorded}
             return [split_of.get(where) for where in rows["where"]]
         digests = row_digests(rows, folder, self.model.config.has_image)
-        # Rows of equal content are told apart by their places, if these are still the same, else by their order. If
-        # there are more of them than in training, the others count as the last one.
+        # Rows of equal content are told apart by their places, if these are still the same, else by their order.
+        # Copies beyond the number of training rows have the split of the last of these rows.
         split_of = {(line["digest"], line["row"]): line["split"] for line in recorded}
         same = [split_of.get(key) for key in zip(digests, rows["where"][:], strict=True)]
         if None not in same:

@@ -184,7 +184,7 @@ def keep_statistics_in_backward(backbone: nn.Module, tokens: torch.Tensor) -> No
 
 
 @contextmanager
-def _misfits_named(source: str, target: str) -> Iterator[None]:
+def _one_line_errors(source: str, target: str) -> Iterator[None]:
     """Raise `ValueError` in one line, in place of the errors of torch for weights that it cannot load."""
     try:
         yield
@@ -209,7 +209,7 @@ def load_image_weights(backbone: nn.Module, config: MMClfConfig, weights: str | 
     if weights is None:
         return "scratch"
     if weights == "hub":
-        with _misfits_named(config.image_backbone, config.image_backbone):
+        with _one_line_errors(config.image_backbone, config.image_backbone):
             backbone.load_state_dict(create_image_backbone(config, pretrained=True).state_dict())
         return config.image_backbone
     path = Path(weights)
@@ -221,7 +221,7 @@ def load_image_weights(backbone: nn.Module, config: MMClfConfig, weights: str | 
             "give one of these, or 'hub', or None"
         )
     # Not strict, since the file has a classifier too. Other differences are errors below.
-    with _misfits_named(found[0].name, config.image_backbone):
+    with _one_line_errors(found[0].name, config.image_backbone):
         if own := _image_tensors(found[0]):  # of a model of this package
             keys = backbone.load_state_dict(own, strict=False)
         else:
@@ -375,11 +375,12 @@ def load_text_weights(backbone: PreTrainedModel, name: str | None, weights: str 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the other tower of CLIP would be listed tensor by tensor
     try:
-        is_own = PreTrainedConfig.get_config_dict(source)[0].get("model_type") == MMClfConfig.model_type
-        names = {r"^text_model\.": ""} if is_own else None
-        kind, given = type(backbone), dict(config=backbone.config, key_mapping=names)
-        with _misfits_named(source, "text_config"):
-            donor, info = kind.from_pretrained(source, output_loading_info=True, **given)
+        has_config = not Path(source).is_dir() or Path(source, "config.json").is_file()
+        kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type") if has_config else None
+        names = {r"^text_model\.": ""} if kind == MMClfConfig.model_type else None
+        options = dict(config=backbone.config, key_mapping=names, output_loading_info=True)
+        with _one_line_errors(source, "text_config"):
+            donor, info = type(backbone).from_pretrained(source, **options)
     except pickle.UnpicklingError as error:  # raised by torch's weights-only loader
         raise OSError(
             f"text weights {source!r}: its file is not a pickle of tensors alone, and reading anything else could run "
